@@ -1,0 +1,254 @@
+"""From a request to a plan: partition, policies, exchanges, buckets. (The search over requests builds on this.)"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from fractions import Fraction
+from typing import Any
+
+from distri.core import traffic
+from distri.core.graph import LayerGraph, Operation
+from distri.core.mesh import Mesh
+from distri.core.ops.group_norm import NUM_MOMENTS
+from distri.core.partition import SplitAxis, check_image_size, make_partition
+from distri.core.plan import (
+    DTYPE_BYTES,
+    SCHEMA_VERSION,
+    Exchange,
+    ImageRequest,
+    ModelReference,
+    Plan,
+)
+from distri.core.policy import ExchangeKind, Phase, Policy, PolicyTable, policy_table
+from distri.core.shape import Extent
+from distri.errors import PlanError
+
+TEXT_TOKENS = 77
+SENDS_LATE = (Policy.STALE, Policy.CORRECTED)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a user asks for. `cfg_split` None means: split the guidance branches if there are ranks for it."""
+
+    image: ImageRequest
+    num_ranks: int
+    cfg_split: bool | None = None
+    policy: PolicyTable = field(default_factory=lambda: policy_table("corrected"))
+    warmup_steps: int = 5
+    axis: SplitAxis = SplitAxis.ROWS
+    weights: tuple[Fraction, ...] | None = None
+    grid: tuple[int, int] | None = None
+    dtype: str = "float16"
+    layers_per_bucket: int = 60
+    pattern: str = "neighbours"
+
+
+def reference_of(graph: LayerGraph) -> ModelReference:
+    """The reference that binds a plan to a graph."""
+    alignment, layer = graph.alignment
+    return ModelReference(
+        graph.name, graph.fingerprint, graph.latent_channels, graph.vae_factor, alignment, layer
+    )
+
+
+def make_plan(request: PlanRequest, graph: LayerGraph) -> Plan:
+    """The plan for exactly this request.
+
+    Raises:
+        PartitionError: the image does not split this way.
+        PlanError: steps, ranks or warm-up do not make sense.
+    """
+    model = reference_of(graph)
+    mesh = choose_mesh(request)
+    rows, cols = check_image_size(request.image.height, request.image.width, model.grain)
+    partition = make_partition(
+        rows, cols, mesh.patch, request.axis, model.grain, request.weights, request.grid
+    )
+    warmup = check_warmup(request, mesh)
+    draft = Plan(
+        SCHEMA_VERSION, model, request.image, request.dtype, mesh, partition, warmup,
+        request.policy, request.pattern, (), (), (), (),
+    )  # fmt: skip
+    exchanges = _bucketed(list_exchanges(draft, graph), request.layers_per_bucket)
+    return sealed(dataclasses.replace(draft, exchanges=exchanges), graph)
+
+
+def sealed(plan: Plan, graph: LayerGraph) -> Plan:
+    """`plan` with its derived figures and its hash filled in."""
+    ranks = range(plan.mesh.size)
+    served = [e for e in plan.exchanges if Policy.LOCAL is not e.steady]
+    elements = tuple(_per_step(plan, [e.elements_received for e in served], rank) for rank in ranks)
+    sizes = tuple(_per_step(plan, [e.bytes_received for e in served], rank) for rank in ranks)
+    filled = dataclasses.replace(
+        plan,
+        macs_per_device=macs_per_device(plan, graph),
+        elements_received_per_step=elements,
+        bytes_received_per_step=sizes,
+    )
+    return dataclasses.replace(filled, hash=plan_hash(filled))
+
+
+def _per_step(plan: Plan, columns: Sequence[tuple[int, ...]], rank: int) -> int:
+    return sum(column[plan.mesh.patch_of(rank)] for column in columns)
+
+
+def plan_hash(plan: Plan) -> str:
+    """SHA-256 of the plan's canonical JSON without the hash itself: 64 hexadecimal digits."""
+    body = to_jsonable(dataclasses.replace(plan, hash=""))
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def to_jsonable(value: Any) -> Any:
+    """Plain JSON values of nested frozen dataclasses, tuples, enums and fractions."""
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [to_jsonable(item) for item in value]
+    return value
+
+
+def choose_mesh(request: PlanRequest) -> Mesh:
+    """Guidance branches first, if allowed and possible; patches take the rest.
+
+    Raises:
+        PlanError: the number of ranks is not positive, or cannot be split as asked.
+    """
+    ranks = request.num_ranks
+    if ranks < 1:
+        raise PlanError(f"at least 1 device is needed, not {ranks}")
+    possible = request.image.guidance and ranks % 2 == 0
+    if request.cfg_split and not possible:
+        why = "guidance is off" if not request.image.guidance else f"{ranks} devices are not an even number"
+        raise PlanError(f"the guidance branches cannot be split over {ranks} devices: {why}; use --cfg-split off")
+    if request.cfg_split or (request.cfg_split is None and possible):
+        return Mesh(cfg=2, patch=ranks // 2)
+    return Mesh(cfg=1, patch=ranks)
+
+
+def check_warmup(request: PlanRequest, mesh: Mesh) -> int:
+    """The number of warm-up steps, at most the number of steps.
+
+    Raises:
+        PlanError: steps or warm-up are out of range, or a displaced policy has no step to start from.
+    """
+    steps = request.image.num_inference_steps
+    if steps < 1:
+        raise PlanError(f"at least 1 denoising step is needed, not {steps}")
+    if request.warmup_steps < 0:
+        raise PlanError(f"the number of warm-up steps cannot be negative: {request.warmup_steps}")
+    late = any(rule.policy in (*SENDS_LATE, Policy.FROZEN) for rule in request.policy.rules)
+    if late and mesh.patch > 1 and request.warmup_steps < 1:
+        raise PlanError(
+            f"policy {request.policy.name!r} reads the previous step, which step 0 does not have; "
+            "use --warmup-steps 1 or more"
+        )
+    return min(request.warmup_steps, steps)
+
+
+def list_exchanges(plan: Plan, graph: LayerGraph) -> tuple[Exchange, ...]:
+    """Every exchange of one forward pass, in execution order, the gather of the output last."""
+    found = []
+    if plan.mesh.patch > 1:
+        found = [_exchange(plan, operation) for operation in graph.exchanging]
+    rows, cols = plan.latent.rows.size, plan.latent.cols.size
+    shape = (plan.batch_per_rank, plan.model.latent_channels, rows, cols)
+    found.append(_make_exchange(plan, len(graph), "output", ExchangeKind.OUTPUT, shape, 1, None, plan.dtype))
+    return tuple(found)
+
+
+def _exchange(plan: Plan, operation: Operation) -> Exchange:
+    kind = operation.exchange
+    assert kind is not None
+    whole = Extent(plan.batch_per_rank, TEXT_TOKENS, plan.latent)
+    level = operation.level or 1
+    shape = whole.shape(operation.inputs[0])
+    if kind is ExchangeKind.MOMENTS:
+        return _make_exchange(
+            plan, operation.index, operation.path, kind, (shape[0], operation.groups, NUM_MOMENTS), level, None, "float32"
+        )
+    if kind is ExchangeKind.CONTEXT:
+        batch, tokens, channels = whole.shape(operation.inputs[1])
+        shape = (tokens, batch, 2 * channels)
+        level = _token_level(operation)
+    return _make_exchange(
+        plan, operation.index, operation.path, kind, shape, level, operation.geometry, plan.dtype
+    )
+
+
+def _token_level(operation: Operation) -> int:
+    assert operation.level is not None, f"{operation.path} attends to tokens that are not the image's"
+    return operation.level
+
+
+def _make_exchange(
+    plan: Plan, index: int, layer: str, kind: ExchangeKind, shape: tuple[int, ...], level: int, geometry: Any, dtype: str
+) -> Exchange:
+    """One exchange with the figures that follow from its geometry."""
+    parts = plan.mesh.patch
+    peers: list[list[int]] = [[] for _ in range(parts)]
+    elements = [0] * parts
+    for message in traffic.messages(kind, shape, level, geometry, plan.partition.patches):
+        peers[message.reader].append(message.source)
+        elements[message.reader] += message.elements
+    if kind is ExchangeKind.OUTPUT and plan.mesh.cfg == 2:
+        whole = shape[0] * shape[1] * plan.latent.area
+        elements = [count + whole for count in elements]
+    size = DTYPE_BYTES[dtype]
+    warmup, steady = (plan.policy.policy(kind, phase, layer) for phase in (Phase.WARMUP, Phase.STEADY))
+    return Exchange(
+        index, layer, kind, warmup, steady, dtype, shape, level, geometry,
+        tuple(tuple(dict.fromkeys(sources)) for sources in peers),
+        tuple(elements), tuple(count * size for count in elements), None,
+    )  # fmt: skip
+
+
+def _bucketed(exchanges: tuple[Exchange, ...], layers_per_bucket: int) -> tuple[Exchange, ...]:
+    """Put the exchanges that are read one step later into buckets of `layers_per_bucket`, in execution order."""
+    placed, late = [], 0
+    for exchange in exchanges:
+        if exchange.steady in SENDS_LATE:
+            exchange = dataclasses.replace(exchange, bucket=late // layers_per_bucket)
+            late += 1
+        placed.append(exchange)
+    return tuple(placed)
+
+
+def macs_per_device(plan: Plan, graph: LayerGraph) -> tuple[int, ...]:
+    """Multiply-accumulates of the whole run, one entry a rank, as the attached layers execute them.
+
+    Where layers are attached, self-attention reads the whole picture's keys and the text's keys and values are
+    projected once per image. Where none are attached (one patch, or all `local`), the unmodified model runs.
+    """
+    steps = plan.image.num_inference_steps
+    once = sum(op.macs(plan.extent(0)) for op in graph if op.depends_on_text_only) if plan.is_attached else 0
+    whole = Extent(plan.batch_per_rank, TEXT_TOKENS, plan.latent)
+    per_patch = []
+    for patch in range(plan.mesh.patch):
+        own = plan.extent(patch)
+        total = 0
+        for phase, count in ((Phase.WARMUP, plan.warmup_steps), (Phase.STEADY, steps - plan.warmup_steps)):
+            if count:
+                total += count * _step_macs(plan, graph, own, whole, phase)
+        per_patch.append(total - (steps - 1) * once)
+    return tuple(per_patch[plan.mesh.patch_of(rank)] for rank in range(plan.mesh.size))
+
+
+def _step_macs(plan: Plan, graph: LayerGraph, own: Extent, whole: Extent, phase: Phase) -> int:
+    if plan.mesh.patch == 1:
+        return graph.macs(own)
+    policies = {e.layer: e.policy(phase) for e in plan.exchanges if e.kind is ExchangeKind.CONTEXT}
+    return sum(
+        operation.macs(own, own if policies.get(operation.path) is Policy.LOCAL else whole)
+        if operation.exchange is ExchangeKind.CONTEXT
+        else operation.macs(own)
+        for operation in graph
+    )

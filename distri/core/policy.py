@@ -1,0 +1,130 @@
+"""Policies: how each kind of exchange is served in each phase, as a table that can be printed and compared.
+
+The published synchronisation modes (DistriFusion, section 4 and its ablation) are named tables, not branches in layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from distri.errors import PolicyError
+
+
+class ExchangeKind(str, Enum):
+    """What a layer needs from other ranks."""
+
+    HALO = "halo"
+    MOMENTS = "moments"
+    CONTEXT = "context"
+    OUTPUT = "output"
+
+
+class Phase(str, Enum):
+    """Warm-up (the first steps) or steady state (all later ones)."""
+
+    WARMUP = "warmup"
+    STEADY = "steady"
+
+
+class Policy(str, Enum):
+    """How one exchange is served at one step.
+
+    FRESH: wait for this step's value. STALE: use the previous step's. CORRECTED: GroupNorm only, the previous step's
+    moments of the others with this rank's own change applied. FROZEN: the last warm-up step's value, nothing is sent.
+    LOCAL: no remote data at all.
+    """
+
+    FRESH = "fresh"
+    STALE = "stale"
+    CORRECTED = "corrected"
+    FROZEN = "frozen"
+    LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class PolicyRule:
+    """One line of a table: the first rule that matches decides."""
+
+    kind: ExchangeKind
+    phase: Phase
+    policy: Policy
+    layers: str = "*"
+
+    def __post_init__(self) -> None:
+        if self.policy is Policy.CORRECTED and self.kind is not ExchangeKind.MOMENTS:
+            raise PolicyError(f"policy 'corrected' is for moments, not for {self.kind.value}")
+        if self.phase is Phase.WARMUP and self.policy not in (Policy.FRESH, Policy.LOCAL):
+            raise PolicyError(f"during warm-up an exchange is fresh or local, not {self.policy.value}")
+        if self.kind is ExchangeKind.OUTPUT and self.policy is not Policy.FRESH:
+            raise PolicyError("the output is gathered fresh at every step")
+
+
+@dataclass(frozen=True)
+class PolicyTable:
+    """Rules in order of precedence; every (kind, phase, layer) must be decided."""
+
+    name: str
+    rules: tuple[PolicyRule, ...]
+
+    def policy(self, kind: ExchangeKind, phase: Phase, layer: str) -> Policy:
+        """The policy of one exchange of one layer.
+
+        Raises:
+            PolicyError: no rule decides it.
+        """
+        for rule in self.rules:
+            if rule.kind is kind and rule.phase is phase and fnmatchcase(layer, rule.layers):
+                return rule.policy
+        raise PolicyError(f"policy table {self.name!r} has no rule for {kind.value} of {layer} in {phase.value}")
+
+    def with_rules(self, rules: tuple[PolicyRule, ...]) -> PolicyTable:
+        """This table with further rules that take precedence."""
+        return PolicyTable(self.name if not rules else f"{self.name}+", (*rules, *self.rules))
+
+
+def uniform_table(name: str, warmup: Policy, halo: Policy, moments: Policy, context: Policy) -> PolicyTable:
+    """A table that treats every layer alike."""
+    steady = {ExchangeKind.HALO: halo, ExchangeKind.MOMENTS: moments, ExchangeKind.CONTEXT: context}
+    rules = [PolicyRule(kind, Phase.WARMUP, warmup) for kind in steady]
+    rules += [PolicyRule(kind, Phase.STEADY, policy) for kind, policy in steady.items()]
+    rules += [PolicyRule(ExchangeKind.OUTPUT, phase, Policy.FRESH) for phase in Phase]
+    return PolicyTable(name, tuple(rules))
+
+
+def builtin_tables() -> dict[str, PolicyTable]:
+    """The tables that have a name: ours first, then the published modes."""
+    fresh, stale, corrected, local, frozen = (
+        Policy.FRESH,
+        Policy.STALE,
+        Policy.CORRECTED,
+        Policy.LOCAL,
+        Policy.FROZEN,
+    )
+    tables = (
+        uniform_table("corrected", fresh, stale, corrected, stale),
+        uniform_table("stale", fresh, stale, stale, stale),
+        uniform_table("fresh", fresh, fresh, fresh, fresh),
+        uniform_table("local", local, local, local, local),
+        uniform_table("corrected_async_gn", fresh, stale, corrected, stale),
+        uniform_table("stale_gn", fresh, stale, stale, stale),
+        uniform_table("separate_gn", fresh, stale, local, stale),
+        uniform_table("sync_gn", fresh, stale, fresh, stale),
+        uniform_table("full_sync", fresh, fresh, fresh, fresh),
+        uniform_table("no_sync", fresh, frozen, frozen, frozen),
+        uniform_table("naive_patch", local, local, local, local),
+    )
+    return {table.name: table for table in tables}
+
+
+def policy_table(name: str) -> PolicyTable:
+    """A built-in table by name.
+
+    Raises:
+        PolicyError: there is none of that name.
+    """
+    tables = builtin_tables()
+    if name not in tables:
+        raise PolicyError(f"unknown policy {name!r}; known: {', '.join(tables)}")
+    return tables[name]

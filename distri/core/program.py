@@ -1,0 +1,79 @@
+"""The program of a step: the four kinds of instruction that every backend performs, in order.
+
+    compute   run the operations [first, last) of the layer graph
+    publish   hand this rank's value of one exchange over; its message leaves when its bucket's last value has come
+    await     have the other ranks' values of one exchange, of exactly one version
+    gather    have every rank's output
+
+Each exchange is published and awaited just before the operation that reads it; so the order below is the order in
+which a real model's layers run, and a backend checks the one against the other at the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from distri.core.plan import Exchange, Plan
+from distri.core.policy import ExchangeKind, Policy
+from distri.core.staleness import phase_of, readers_of, required_version
+
+
+class InstructionKind(str, Enum):
+    """What to do."""
+
+    COMPUTE = "compute"
+    PUBLISH = "publish"
+    AWAIT = "await"
+    GATHER = "gather"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of one step. `exchange` is the place in `plan.exchanges`; `version` is what is sent or read."""
+
+    kind: InstructionKind
+    first: int = 0
+    last: int = 0
+    exchange: int = -1
+    version: int = -1
+
+
+def step_program(plan: Plan, step: int) -> tuple[Instruction, ...]:
+    """The instructions of `step`, the same on every rank."""
+    program: list[Instruction] = []
+    cursor = 0
+    for place, exchange in enumerate(plan.exchanges):
+        if exchange.index > cursor:
+            program.append(Instruction(InstructionKind.COMPUTE, cursor, exchange.index))
+            cursor = exchange.index
+        if exchange.kind is ExchangeKind.OUTPUT:
+            program.append(Instruction(InstructionKind.GATHER, exchange=place, version=step))
+            continue
+        if is_published(plan, exchange, step):
+            program.append(Instruction(InstructionKind.PUBLISH, exchange=place, version=step))
+        version = awaited_version(plan, exchange, step)
+        if version is not None:
+            program.append(Instruction(InstructionKind.AWAIT, exchange=place, version=version))
+    return tuple(program)
+
+
+def is_published(plan: Plan, exchange: Exchange, step: int) -> bool:
+    """Whether anybody will read the value that this step produces."""
+    policies = (exchange.warmup, exchange.steady)
+    return bool(readers_of(step, policies, plan.warmup_steps, plan.image.num_inference_steps))
+
+
+def awaited_version(plan: Plan, exchange: Exchange, step: int) -> int | None:
+    """The version of the other ranks' values that this step reads; None under `local`."""
+    return required_version(exchange.policy(phase_of(step, plan.warmup_steps)), step, plan.warmup_steps)
+
+
+def travels_in_bucket(plan: Plan, exchange: Exchange, step: int) -> int | None:
+    """The bucket that the value published at `step` travels in; None if it travels alone.
+
+    A value that is read in its own step cannot wait for later layers: only values that are read one step later share
+    a message.
+    """
+    policy = exchange.policy(phase_of(step, plan.warmup_steps))
+    return None if policy is Policy.FRESH else exchange.bucket

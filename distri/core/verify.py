@@ -1,0 +1,157 @@
+"""Can this plan be trusted? Each rule is a function that says, in one sentence, what is wrong.
+
+The rules together prove what a run needs: the patches tile the latent exactly once; every value that a layer reads was
+published at exactly the step the staleness contract names, so nobody waits for ever; and every derived figure follows
+from the geometry, so a plan that was edited by hand is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from distri.core.graph import LayerGraph
+from distri.core.plan import DTYPE_BYTES, SCHEMA_VERSION, Plan
+from distri.core.planner import SENDS_LATE, list_exchanges, macs_per_device, plan_hash, reference_of
+from distri.core.policy import ExchangeKind, Phase
+from distri.core.program import InstructionKind, is_published, step_program, travels_in_bucket
+from distri.errors import PlanError
+
+Rule = Callable[[Plan], Iterator[str]]
+
+
+def verify(plan: Plan, graph: LayerGraph | None = None) -> None:
+    """Hold every rule, and that the plan is for `graph` if that is given.
+
+    Raises:
+        PlanError: with the first sentence of what is wrong.
+    """
+    for rule in RULES:
+        for finding in rule(plan):
+            raise PlanError(finding)
+    if graph is not None:
+        verify_against(plan, graph)
+
+
+def verify_against(plan: Plan, graph: LayerGraph) -> None:
+    """Hold that the plan was made for this graph and lists exactly its exchanges.
+
+    Raises:
+        PlanError: it was made for another model, or its figures do not follow from the graph.
+    """
+    if plan.model != reference_of(graph):
+        raise PlanError(
+            f"the plan is for model {plan.model.name!r} ({plan.model.fingerprint}), "
+            f"not for {graph.name!r} ({graph.fingerprint})"
+        )
+    listed = [(e.index, e.layer, e.kind, e.shape) for e in plan.exchanges]
+    if listed != [(e.index, e.layer, e.kind, e.shape) for e in list_exchanges(plan, graph)]:
+        raise PlanError("the plan's exchanges are not those of its model")
+    if plan.macs_per_device != macs_per_device(plan, graph):
+        raise PlanError("the plan's MACs per device do not follow from its model")
+
+
+def schema_is_known(plan: Plan) -> Iterator[str]:
+    """The plan is of the schema that this distri writes."""
+    if plan.schema_version != SCHEMA_VERSION:
+        yield f"this distri reads plans of schema {SCHEMA_VERSION}; this one is of schema {plan.schema_version}"
+
+
+def hash_matches(plan: Plan) -> Iterator[str]:
+    """Nobody changed the plan after it was made."""
+    if plan.hash != plan_hash(plan):
+        yield "the plan's hash does not match its contents: it was edited; make it again with 'distri plan'"
+
+
+def patches_tile(plan: Plan) -> Iterator[str]:
+    """The patches cover the latent exactly once and their borders are aligned."""
+    patches = plan.partition.patches
+    if len(patches) != plan.mesh.patch:
+        yield f"{len(patches)} patches for a mesh of {plan.mesh.patch}"
+    overlap = any(a.intersect(b).area for i, a in enumerate(patches) for b in patches[:i])
+    if overlap or sum(patch.area for patch in patches) != plan.latent.area:
+        yield "the patches do not tile the latent exactly once"
+    unit = plan.model.alignment
+    for patch in patches:
+        for band, whole in ((patch.rows, plan.latent.rows), (patch.cols, plan.latent.cols)):
+            if band.start % unit or (band.stop % unit and band.stop != whole.stop):
+                yield f"a patch border at {band} is not a multiple of {unit}, which {plan.model.alignment_layer} needs"
+
+
+def exchanges_are_ordered(plan: Plan) -> Iterator[str]:
+    """Exchanges are in execution order, one a layer, and end with the gather of the output."""
+    places = [exchange.index for exchange in plan.exchanges]
+    if places != sorted(set(places)):
+        yield "the exchanges are not in execution order"
+    if len({exchange.layer for exchange in plan.exchanges}) != len(plan.exchanges):
+        yield "a layer has more than one exchange"
+    if not plan.exchanges or plan.exchanges[-1].kind is not ExchangeKind.OUTPUT:
+        yield "the plan does not end with the gather of the output"
+
+
+def policies_follow_table(plan: Plan) -> Iterator[str]:
+    """Every exchange is served as the plan's own policy table says."""
+    for e in plan.exchanges:
+        table = plan.policy
+        if (table.policy(e.kind, Phase.WARMUP, e.layer), table.policy(e.kind, Phase.STEADY, e.layer)) != (
+            e.warmup,
+            e.steady,
+        ):
+            yield f"{e.layer}: its policies differ from the plan's table"
+
+
+def reads_are_published(plan: Plan) -> Iterator[str]:
+    """Every awaited version was published: earlier, or just before by all ranks. So no rank waits for ever."""
+    if plan.mesh.patch == 1:
+        return
+    steps = _telling_steps(plan)
+    for step in steps:
+        for instruction in step_program(plan, step):
+            if instruction.kind is not InstructionKind.AWAIT:
+                continue
+            exchange, version = plan.exchanges[instruction.exchange], instruction.version
+            if version < 0 or not is_published(plan, exchange, version):
+                yield f"{exchange.layer}: step {step} reads version {version}, which is never published"
+            if version == step and travels_in_bucket(plan, exchange, step) is not None:
+                yield f"{exchange.layer}: step {step} waits for a message that a later layer completes"
+
+
+def _telling_steps(plan: Plan) -> list[int]:
+    """Steps that between them meet every rule: the ends of both phases and one step inside."""
+    last = plan.image.num_inference_steps - 1
+    around = (0, 1, plan.warmup_steps - 1, plan.warmup_steps, plan.warmup_steps + 1, last)
+    return sorted({step for step in around if 0 <= step <= last})
+
+
+def buckets_are_whole(plan: Plan) -> Iterator[str]:
+    """Buckets hold late exchanges only and follow execution order."""
+    numbers = [e.bucket for e in plan.exchanges if e.bucket is not None]
+    if numbers != sorted(numbers) or set(numbers) != set(range(plan.num_buckets)):
+        yield "the buckets are not numbered in execution order"
+    for exchange in plan.exchanges:
+        if (exchange.bucket is not None) != (exchange.steady in SENDS_LATE):
+            yield f"{exchange.layer}: a bucket goes with a policy that reads one step late, and only with that"
+
+
+def figures_follow(plan: Plan) -> Iterator[str]:
+    """Bytes, elements and per-step sums follow from the exchanges."""
+    for exchange in plan.exchanges:
+        size = DTYPE_BYTES.get(exchange.dtype)
+        if size is None:
+            yield f"{exchange.layer}: unknown dtype {exchange.dtype!r}"
+        elif exchange.bytes_received != tuple(size * count for count in exchange.elements_received):
+            yield f"{exchange.layer}: bytes do not follow from elements and dtype"
+    if len(plan.macs_per_device) != plan.mesh.size:
+        yield f"MACs for {len(plan.macs_per_device)} devices on a mesh of {plan.mesh.size}"
+
+
+RULES: tuple[Rule, ...] = (
+    schema_is_known,
+    hash_matches,
+    patches_tile,
+    exchanges_are_ordered,
+    policies_follow_table,
+    reads_are_published,
+    buckets_are_whole,
+    figures_follow,
+)
+
