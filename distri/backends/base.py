@@ -22,7 +22,7 @@ class Backend(Protocol):
         """The transport of a local rank."""
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's nested tensors (tuples, lists, dicts; other leaves are returned as rank 0 has them), on every rank."""
+        """Rank 0's nested tensors (in tuples, lists, dicts; other leaves as rank 0 has them), on every rank."""
 
     def abort(self, reason: BaseException) -> None:
         """Release every local rank that waits, because one of them failed."""

@@ -1,0 +1,1 @@
+"""Outside text (flags, YAML, JSON) to core values: the only package that parses."""

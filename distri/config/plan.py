@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import TypeAdapter, ValidationError
 
 from distri.core.plan import SCHEMA_VERSION, Plan
 from distri.core.planner import to_jsonable
@@ -56,7 +56,7 @@ def parse_plan(text: str) -> Plan:
     """
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"not a plan: {error}") from error
     if not isinstance(data, dict) or "schema_version" not in data:
         raise PlanError("not a plan: a JSON object with a schema_version is required")
@@ -64,18 +64,18 @@ def parse_plan(text: str) -> Plan:
         raise PlanError(
             f"this distri reads plans of schema {SCHEMA_VERSION}; this one is of schema {data['schema_version']!r}"
         )
-    bands = data.pop("bands", None)
-    plan = _validate(data)
+    plan = _validate({key: value for key, value in data.items() if key != "bands"})
     verify(plan)
-    if bands != bands_of(plan):
-        raise PlanError("the plan's bands do not match its partition: it was edited")
+    if dump_plan(plan) != data:
+        raise PlanError(
+            "the plan holds more or other than its fields: it was edited; make it again with 'distri plan'"
+        )
     return plan
 
 
 def _validate(data: dict[str, Any]) -> Plan:
-    strict = with_config(ConfigDict(extra="forbid"))(Plan)
     try:
-        return TypeAdapter(strict).validate_python(data)
+        return TypeAdapter(Plan).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the plan"

@@ -83,7 +83,9 @@ class Exchanger(Generic[T]):
         exchange = self._by_layer[layer]
         self._own[layer] = parts
         if is_published(self.plan, exchange, self.step):
-            self._transport.send(exchange, self.step, parts, travels_in_bucket(self.plan, exchange, self.step))
+            self._transport.send(
+                exchange, self.step, parts, travels_in_bucket(self.plan, exchange, self.step)
+            )
 
     def collect(self, layer: str) -> Sequence[T] | None:
         """The other ranks' values, of the version that the contract requires; None if the policy is `local`."""

@@ -12,15 +12,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from distri.core.ops import conv2d, cross_attention, pointwise, self_attention
 from distri.core.ops.conv2d import ConvGeometry
 from distri.core.policy import ExchangeKind
 from distri.core.shape import Dim, Extent, SymbolicShape, level_of
 from distri.errors import ModelError
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 GRAPH_SCHEMA = 1
 
@@ -132,9 +133,11 @@ class LayerGraph:
         return len(self.operations)
 
     @cached_property
-    def network(self) -> nx.DiGraph:
+    def network(self) -> nx.DiGraph[int]:
         """The networkx DAG; node `i` carries `operation`, the i-th in execution order."""
-        dag = nx.DiGraph(name=self.name)
+        import networkx as nx  # here, because a plan is made without it and it takes long to import
+
+        dag: nx.DiGraph[int] = nx.DiGraph(name=self.name)
         for operation in self.operations:
             dag.add_node(operation.index, operation=operation)
             dag.add_edges_from((parent, operation.index) for parent in operation.parents)
@@ -189,9 +192,13 @@ class LayerGraph:
             ModelError: the data is not a layer graph of this schema.
         """
         if data.get("schema") != GRAPH_SCHEMA:
-            raise ModelError(f"a layer graph of schema {GRAPH_SCHEMA} is required, not {data.get('schema')!r}")
+            raise ModelError(
+                f"a layer graph of schema {GRAPH_SCHEMA} is required, not {data.get('schema')!r}"
+            )
         try:
-            operations = tuple(_operation_from_dict(index, item) for index, item in enumerate(data["operations"]))
+            operations = tuple(
+                _operation_from_dict(index, item) for index, item in enumerate(data["operations"])
+            )
             return LayerGraph(
                 data["name"], operations, data["latent_channels"], data["text_width"], data["vae_factor"]
             )

@@ -156,7 +156,9 @@ def make_partition(
         if axis is SplitAxis.GRID:
             raise PartitionError("band weights go with a split by rows or by columns, not with a grid")
         if len(weights) != parts:
-            raise PartitionError(f"{len(weights)} band weights were given for {parts} patches; give one for each")
+            raise PartitionError(
+                f"{len(weights)} band weights were given for {parts} patches; give one for each"
+            )
         if any(weight <= 0 for weight in weights):
             raise PartitionError("band weights must be positive")
     chosen = tuple(weights) if weights is not None else even_weights(parts)

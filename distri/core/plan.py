@@ -81,7 +81,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, for any backend. `hash` covers every other field."""
+    """One run, for any backend. `hash` covers every other field.
+
+    latent_layers: the convolutions that read the latent itself, which every rank has whole. pattern: `neighbours`, as
+    distri runs it, or `gather_all`, as the reference implementation does (halos and moments gathered by every rank).
+    """
 
     schema_version: int
     model: ModelReference
@@ -92,6 +96,7 @@ class Plan:
     warmup_steps: int
     policy: PolicyTable
     pattern: str
+    latent_layers: tuple[str, ...]
     exchanges: tuple[Exchange, ...]
     macs_per_device: tuple[int, ...]
     elements_received_per_step: tuple[int, ...]

@@ -1,11 +1,10 @@
-"""From a request to a plan: partition, policies, exchanges, buckets. (The search over requests builds on this.)"""
+"""From a request to a plan: partition, policies, exchanges, buckets. The search over requests builds on this."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
@@ -14,6 +13,7 @@ from typing import Any
 from distri.core import traffic
 from distri.core.graph import LayerGraph, Operation
 from distri.core.mesh import Mesh
+from distri.core.ops.conv2d import ConvGeometry
 from distri.core.ops.group_norm import NUM_MOMENTS
 from distri.core.partition import SplitAxis, check_image_size, make_partition
 from distri.core.plan import (
@@ -30,6 +30,7 @@ from distri.errors import PlanError
 
 TEXT_TOKENS = 77
 SENDS_LATE = (Policy.STALE, Policy.CORRECTED)
+SENDS_NOTHING = (Policy.LOCAL, Policy.FROZEN)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def make_plan(request: PlanRequest, graph: LayerGraph) -> Plan:
     warmup = check_warmup(request, mesh)
     draft = Plan(
         SCHEMA_VERSION, model, request.image, request.dtype, mesh, partition, warmup,
-        request.policy, request.pattern, (), (), (), (),
+        request.policy, request.pattern, latent_layers(graph), (), (), (), (),
     )  # fmt: skip
     exchanges = _bucketed(list_exchanges(draft, graph), request.layers_per_bucket)
     return sealed(dataclasses.replace(draft, exchanges=exchanges), graph)
@@ -81,10 +82,7 @@ def make_plan(request: PlanRequest, graph: LayerGraph) -> Plan:
 
 def sealed(plan: Plan, graph: LayerGraph) -> Plan:
     """`plan` with its derived figures and its hash filled in."""
-    ranks = range(plan.mesh.size)
-    served = [e for e in plan.exchanges if Policy.LOCAL is not e.steady]
-    elements = tuple(_per_step(plan, [e.elements_received for e in served], rank) for rank in ranks)
-    sizes = tuple(_per_step(plan, [e.bytes_received for e in served], rank) for rank in ranks)
+    elements, sizes = received_per_step(plan)
     filled = dataclasses.replace(
         plan,
         macs_per_device=macs_per_device(plan, graph),
@@ -94,8 +92,13 @@ def sealed(plan: Plan, graph: LayerGraph) -> Plan:
     return dataclasses.replace(filled, hash=plan_hash(filled))
 
 
-def _per_step(plan: Plan, columns: Sequence[tuple[int, ...]], rank: int) -> int:
-    return sum(column[plan.mesh.patch_of(rank)] for column in columns)
+def received_per_step(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements and bytes that each rank receives at one step of the steady phase."""
+    moving = [e for e in plan.exchanges if e.steady not in SENDS_NOTHING]
+    places = [plan.mesh.patch_of(rank) for rank in range(plan.mesh.size)]
+    elements = tuple(sum(e.elements_received[place] for e in moving) for place in places)
+    sizes = tuple(sum(e.bytes_received[place] for e in moving) for place in places)
+    return elements, sizes
 
 
 def plan_hash(plan: Plan) -> str:
@@ -128,7 +131,9 @@ def choose_mesh(request: PlanRequest) -> Mesh:
     possible = request.image.guidance and ranks % 2 == 0
     if request.cfg_split and not possible:
         why = "guidance is off" if not request.image.guidance else f"{ranks} devices are not an even number"
-        raise PlanError(f"the guidance branches cannot be split over {ranks} devices: {why}; use --cfg-split off")
+        raise PlanError(
+            f"the guidance branches cannot be split over {ranks} devices: {why}; use --cfg-split off"
+        )
     if request.cfg_split or (request.cfg_split is None and possible):
         return Mesh(cfg=2, patch=ranks // 2)
     return Mesh(cfg=1, patch=ranks)
@@ -154,6 +159,11 @@ def check_warmup(request: PlanRequest, mesh: Mesh) -> int:
     return min(request.warmup_steps, steps)
 
 
+def latent_layers(graph: LayerGraph) -> tuple[str, ...]:
+    """The convolutions that read the latent itself."""
+    return tuple(op.path for op in graph if op.reads_neighbours and not op.parents)
+
+
 def list_exchanges(plan: Plan, graph: LayerGraph) -> tuple[Exchange, ...]:
     """Every exchange of one forward pass, in execution order, the gather of the output last."""
     found = []
@@ -173,7 +183,14 @@ def _exchange(plan: Plan, operation: Operation) -> Exchange:
     shape = whole.shape(operation.inputs[0])
     if kind is ExchangeKind.MOMENTS:
         return _make_exchange(
-            plan, operation.index, operation.path, kind, (shape[0], operation.groups, NUM_MOMENTS), level, None, "float32"
+            plan,
+            operation.index,
+            operation.path,
+            kind,
+            (shape[0], operation.groups, NUM_MOMENTS),
+            level,
+            None,
+            "float32",
         )
     if kind is ExchangeKind.CONTEXT:
         batch, tokens, channels = whole.shape(operation.inputs[1])
@@ -190,25 +207,39 @@ def _token_level(operation: Operation) -> int:
 
 
 def _make_exchange(
-    plan: Plan, index: int, layer: str, kind: ExchangeKind, shape: tuple[int, ...], level: int, geometry: Any, dtype: str
+    plan: Plan,
+    index: int,
+    layer: str,
+    kind: ExchangeKind,
+    shape: tuple[int, ...],
+    level: int,
+    geometry: ConvGeometry | None,
+    dtype: str,
 ) -> Exchange:
     """One exchange with the figures that follow from its geometry."""
-    parts = plan.mesh.patch
-    peers: list[list[int]] = [[] for _ in range(parts)]
-    elements = [0] * parts
-    for message in traffic.messages(kind, shape, level, geometry, plan.partition.patches):
-        peers[message.reader].append(message.source)
-        elements[message.reader] += message.elements
-    if kind is ExchangeKind.OUTPUT and plan.mesh.cfg == 2:
-        whole = shape[0] * shape[1] * plan.latent.area
-        elements = [count + whole for count in elements]
+    peers, elements = reception(plan, kind, shape, level, geometry)
     size = DTYPE_BYTES[dtype]
     warmup, steady = (plan.policy.policy(kind, phase, layer) for phase in (Phase.WARMUP, Phase.STEADY))
     return Exchange(
         index, layer, kind, warmup, steady, dtype, shape, level, geometry,
-        tuple(tuple(dict.fromkeys(sources)) for sources in peers),
-        tuple(elements), tuple(count * size for count in elements), None,
+        peers, elements, tuple(count * size for count in elements), None,
     )  # fmt: skip
+
+
+def reception(
+    plan: Plan, kind: ExchangeKind, shape: tuple[int, ...], level: int, geometry: ConvGeometry | None
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """What each patch receives for one exchange: the patches it comes from, and the number of elements."""
+    parts = plan.mesh.patch
+    sources: list[list[int]] = [[] for _ in range(parts)]
+    elements = [0] * parts
+    for message in traffic.messages(kind, shape, level, geometry, plan.partition.patches):
+        sources[message.reader].append(message.source)
+        elements[message.reader] += message.elements
+    if kind is ExchangeKind.OUTPUT and plan.mesh.cfg == 2:
+        whole = shape[0] * shape[1] * plan.latent.area
+        elements = [count + whole for count in elements]
+    return tuple(tuple(dict.fromkeys(found)) for found in sources), tuple(elements)
 
 
 def _bucketed(exchanges: tuple[Exchange, ...], layers_per_bucket: int) -> tuple[Exchange, ...]:

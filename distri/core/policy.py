@@ -77,7 +77,9 @@ class PolicyTable:
         for rule in self.rules:
             if rule.kind is kind and rule.phase is phase and fnmatchcase(layer, rule.layers):
                 return rule.policy
-        raise PolicyError(f"policy table {self.name!r} has no rule for {kind.value} of {layer} in {phase.value}")
+        raise PolicyError(
+            f"policy table {self.name!r} has no rule for {kind.value} of {layer} in {phase.value}"
+        )
 
     def with_rules(self, rules: tuple[PolicyRule, ...]) -> PolicyTable:
         """This table with further rules that take precedence."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -95,6 +96,17 @@ class Extent:
         """
         if isinstance(dim, int):
             return dim
+        known = self._known
+        if dim not in known:
+            known[dim] = self._evaluate(dim)
+        return known[dim]
+
+    @cached_property
+    def _known(self) -> dict[str, int]:
+        """Dimensions evaluated so far: a graph has thousands of them and few that differ."""
+        return {}
+
+    def _evaluate(self, dim: str) -> int:
         if dim == "B":
             return self.batch
         if dim == "T":

@@ -38,8 +38,8 @@ def required_version(policy: Policy, step: int, warmup_steps: int) -> int | None
     Raises:
         PolicyError: the version lies before the first step.
 
-    >>> required_version(Policy.FRESH, 7, 5), required_version(Policy.STALE, 7, 5), required_version(Policy.FROZEN, 7, 5)
-    (7, 6, 4)
+    >>> [required_version(policy, 7, 5) for policy in (Policy.FRESH, Policy.STALE, Policy.FROZEN, Policy.LOCAL)]
+    [7, 6, 4, None]
     """
     if policy is Policy.LOCAL:
         return None
@@ -54,7 +54,9 @@ def required_version(policy: Policy, step: int, warmup_steps: int) -> int | None
     return version
 
 
-def readers_of(version: int, policies: tuple[Policy, Policy], warmup_steps: int, num_steps: int) -> tuple[int, ...]:
+def readers_of(
+    version: int, policies: tuple[Policy, Policy], warmup_steps: int, num_steps: int
+) -> tuple[int, ...]:
     """The steps at which a value of this version is read by other ranks, given (warm-up, steady) policies.
 
     A value that nobody reads is not sent: `frozen` sends nothing after warm-up, and the last step of a displaced run

@@ -72,11 +72,15 @@ def _moments(shape: tuple[int, ...], parts: int) -> tuple[Message, ...]:
         if reader > 0:
             found.append(Message(reader - 1, reader, elements, after=reader - 2 if reader > 1 else None))
         if reader < parts - 1:
-            found.append(Message(reader + 1, reader, elements, after=reader + 2 if reader < parts - 2 else None))
+            found.append(
+                Message(reader + 1, reader, elements, after=reader + 2 if reader < parts - 2 else None)
+            )
     return tuple(found)
 
 
-def output_rects(geometry: ConvGeometry, shape: tuple[int, ...], level: int, patches: tuple[Rect, ...]) -> list[Rect]:
+def output_rects(
+    geometry: ConvGeometry, shape: tuple[int, ...], level: int, patches: tuple[Rect, ...]
+) -> list[Rect]:
     """The patches at a convolution's output, in its own coordinates."""
     stride_rows, stride_cols = geometry.stride
     whole_rows = geometry.output_size(shape[2], 0)
@@ -86,7 +90,10 @@ def output_rects(geometry: ConvGeometry, shape: tuple[int, ...], level: int, pat
         rows = patch.rows.at_level(level * stride_rows)
         cols = patch.cols.at_level(level * stride_cols)
         rects.append(
-            Rect(type(rows)(rows.start, min(rows.stop, whole_rows)), type(cols)(cols.start, min(cols.stop, whole_cols)))
+            Rect(
+                type(rows)(rows.start, min(rows.stop, whole_rows)),
+                type(cols)(cols.start, min(cols.stop, whole_cols)),
+            )
         )
     return rects
 

@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from distri.core.graph import LayerGraph
-from distri.core.plan import DTYPE_BYTES, SCHEMA_VERSION, Plan
-from distri.core.planner import SENDS_LATE, list_exchanges, macs_per_device, plan_hash, reference_of
+from distri.core.partition import check_image_size
+from distri.core.plan import DTYPE_BYTES, SCHEMA_VERSION, Exchange, Plan
+from distri.core.planner import (
+    SENDS_LATE,
+    list_exchanges,
+    macs_per_device,
+    plan_hash,
+    received_per_step,
+    reception,
+    reference_of,
+)
 from distri.core.policy import ExchangeKind, Phase
 from distri.core.program import InstructionKind, is_published, step_program, travels_in_bucket
-from distri.errors import PlanError
+from distri.errors import PartitionError, PlanError
 
 Rule = Callable[[Plan], Iterator[str]]
 
@@ -43,11 +52,15 @@ def verify_against(plan: Plan, graph: LayerGraph) -> None:
             f"the plan is for model {plan.model.name!r} ({plan.model.fingerprint}), "
             f"not for {graph.name!r} ({graph.fingerprint})"
         )
-    listed = [(e.index, e.layer, e.kind, e.shape) for e in plan.exchanges]
-    if listed != [(e.index, e.layer, e.kind, e.shape) for e in list_exchanges(plan, graph)]:
+    if [_demand(e) for e in plan.exchanges] != [_demand(e) for e in list_exchanges(plan, graph)]:
         raise PlanError("the plan's exchanges are not those of its model")
     if plan.macs_per_device != macs_per_device(plan, graph):
         raise PlanError("the plan's MACs per device do not follow from its model")
+
+
+def _demand(exchange: Exchange) -> tuple[object, ...]:
+    """What the model decides about an exchange, whatever the policy."""
+    return exchange.index, exchange.layer, exchange.kind, exchange.shape, exchange.level, exchange.geometry
 
 
 def schema_is_known(plan: Plan) -> Iterator[str]:
@@ -62,11 +75,34 @@ def hash_matches(plan: Plan) -> Iterator[str]:
         yield "the plan's hash does not match its contents: it was edited; make it again with 'distri plan'"
 
 
+def request_is_possible(plan: Plan) -> Iterator[str]:
+    """The image, its steps and its guidance are such as this mesh can run."""
+    model, image = plan.model, plan.image
+    if min(model.vae_factor, model.alignment, model.latent_channels) < 1:
+        yield "the model's factors and channels must be positive"
+        return
+    try:
+        check_image_size(image.height, image.width, model.grain)
+    except PartitionError as error:
+        yield str(error)
+    if image.num_images < 1 or not 0 <= plan.warmup_steps <= image.num_inference_steps:
+        yield (
+            f"{plan.warmup_steps} warm-up steps of {image.num_inference_steps} for {image.num_images} images "
+            "make no run"
+        )
+    if image.num_inference_steps < 1:
+        yield f"at least 1 denoising step is needed, not {image.num_inference_steps}"
+    if plan.mesh.cfg == 2 and not image.guidance:
+        yield "the mesh splits the guidance branches, but guidance is off"
+
+
 def patches_tile(plan: Plan) -> Iterator[str]:
     """The patches cover the latent exactly once and their borders are aligned."""
     patches = plan.partition.patches
     if len(patches) != plan.mesh.patch:
         yield f"{len(patches)} patches for a mesh of {plan.mesh.patch}"
+    if any(patch.area == 0 or patch.intersect(plan.latent) != patch for patch in patches):
+        yield "a patch is empty or reaches outside the latent"
     overlap = any(a.intersect(b).area for i, a in enumerate(patches) for b in patches[:i])
     if overlap or sum(patch.area for patch in patches) != plan.latent.area:
         yield "the patches do not tile the latent exactly once"
@@ -133,13 +169,21 @@ def buckets_are_whole(plan: Plan) -> Iterator[str]:
 
 
 def figures_follow(plan: Plan) -> Iterator[str]:
-    """Bytes, elements and per-step sums follow from the exchanges."""
+    """Peers, elements, bytes and per-step sums follow from the geometry of the exchanges."""
     for exchange in plan.exchanges:
+        if exchange.level < 1 or (exchange.geometry is None) != (exchange.kind is not ExchangeKind.HALO):
+            yield f"{exchange.layer}: a halo has a convolution's geometry at a positive level, and only a halo has one"
+            return
+        found = reception(plan, exchange.kind, exchange.shape, exchange.level, exchange.geometry)
+        if found != (exchange.peers, exchange.elements_received):
+            yield f"{exchange.layer}: peers or elements do not follow from the geometry"
         size = DTYPE_BYTES.get(exchange.dtype)
         if size is None:
             yield f"{exchange.layer}: unknown dtype {exchange.dtype!r}"
         elif exchange.bytes_received != tuple(size * count for count in exchange.elements_received):
             yield f"{exchange.layer}: bytes do not follow from elements and dtype"
+    if received_per_step(plan) != (plan.elements_received_per_step, plan.bytes_received_per_step):
+        yield "the sums per step do not follow from the exchanges"
     if len(plan.macs_per_device) != plan.mesh.size:
         yield f"MACs for {len(plan.macs_per_device)} devices on a mesh of {plan.mesh.size}"
 
@@ -147,6 +191,7 @@ def figures_follow(plan: Plan) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     schema_is_known,
     hash_matches,
+    request_is_possible,
     patches_tile,
     exchanges_are_ordered,
     policies_follow_table,
@@ -154,4 +199,3 @@ RULES: tuple[Rule, ...] = (
     buckets_are_whole,
     figures_follow,
 )
-

@@ -1,1 +1,1 @@
-"""Denoisers: capture into a layer graph, presets as data, loading, the shipped checkpoint. The only home of diffusers."""
+"""Denoisers: capture into a layer graph, presets as data, loading, the shipped checkpoint. The home of diffusers."""

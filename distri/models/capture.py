@@ -10,7 +10,7 @@ dimension of each tensor can be read back as a symbol: B, T, H/s, W/s or HW/s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -163,7 +163,7 @@ class _Recorder(TorchFunctionMode):
         tensors: list[torch.Tensor],
         outputs: list[torch.Tensor],
     ) -> None:
-        path, module = self._modules[-1]
+        path, _ = self._modules[-1]
         activations = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
         weights = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         kind, geometry, groups = _classify(function, args, kwargs, tensors, path)
@@ -193,7 +193,7 @@ class _Recorder(TorchFunctionMode):
         for tensor in outputs:
             self._remember(tensor, (index,))
 
-    def _weight_elements(self, weights: list[torch.Tensor]) -> int:
+    def _weight_elements(self, weights: Sequence[torch.Tensor]) -> int:
         fresh = [weight for weight in weights if id(weight) not in self._charged]
         self._charged.update(id(weight) for weight in fresh)
         return sum(weight.numel() for weight in fresh)
@@ -217,7 +217,8 @@ def _owner_of(modules: list[tuple[str, nn.Module]], path: str) -> str:
 def _merge_heads(shape: SymbolicShape) -> SymbolicShape:
     """(batch, heads, tokens, head size) -> (batch, tokens, channels)."""
     batch, heads, tokens, head_size = shape
-    assert isinstance(heads, int) and isinstance(head_size, int)
+    assert isinstance(heads, int)
+    assert isinstance(head_size, int)
     return (batch, tokens, heads * head_size)
 
 
@@ -241,7 +242,9 @@ def _classify(
         return OperationKind.GROUP_NORM, None, int(kwargs.get("num_groups", args[1] if len(args) > 1 else 1))
     if function in SPLITTABLE_ELEMENTWISE:
         return OperationKind.ELEMENTWISE, None, 1
-    raise ModelError(f"{path or 'the model'} calls torch's {function}, which distri does not know how to split")
+    raise ModelError(
+        f"{path or 'the model'} calls torch's {function}, which distri does not know how to split"
+    )
 
 
 def _conv_geometry(args: Any, kwargs: Mapping[str, Any], weight: torch.Tensor) -> tuple[ConvGeometry, int]:

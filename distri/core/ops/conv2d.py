@@ -38,7 +38,12 @@ class ConvGeometry:
         Band(start=7, stop=17)
         """
         start = out.start * self.stride[dim] - self.padding[dim]
-        stop = (out.stop - 1) * self.stride[dim] - self.padding[dim] + self.dilation[dim] * (self.kernel[dim] - 1) + 1
+        stop = (
+            (out.stop - 1) * self.stride[dim]
+            - self.padding[dim]
+            + self.dilation[dim] * (self.kernel[dim] - 1)
+            + 1
+        )
         return Band(start, max(start, stop))
 
 
