@@ -1,0 +1,71 @@
+"""GroupNorm over a patch, with the moments of the whole picture.
+
+Moments are (count, mean, M2) in fp32, merged by Chan's rule (`distri.core.ops.group_norm`), so the variance is never
+negative and fp16 activations never cancel. Shape suffixes: B batch, G groups, C channels, 3 the moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distri.core.ops.group_norm import merge
+from distri.core.plan import Exchange
+from distri.nn.rank_context import RankLocal
+
+
+def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
+    """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
+    values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float()
+    variance_BG, mean_BG = torch.var_mean(values_BGN, dim=-1, correction=0)
+    count = values_BGN.shape[-1]
+    return torch.stack((torch.full_like(mean_BG, count), mean_BG, variance_BG * count), dim=-1)
+
+
+def merge_moments(a_BG3: Tensor, b_BG3: Tensor) -> Tensor:
+    """Moments of the union of two disjoint sets of positions."""
+    return torch.stack(merge(tuple(a_BG3.unbind(-1)), tuple(b_BG3.unbind(-1))), dim=-1)  # type: ignore[arg-type]
+
+
+def normalise(x_BCx: Tensor, moments_BG3: Tensor, module: nn.GroupNorm) -> Tensor:
+    """`module` applied to `x_BCx` with the given moments; the variance is biased, as torch's is."""
+    count_BG, mean_BG, m2_BG = moments_BG3.unbind(-1)
+    scale_BG = torch.rsqrt(m2_BG / count_BG + module.eps)
+    repeats = module.num_channels // module.num_groups
+    scale_BC = scale_BG.repeat_interleave(repeats, dim=1)
+    shift_BC = -mean_BG.repeat_interleave(repeats, dim=1) * scale_BC
+    if module.affine:
+        weight_C, bias_C = module.weight.float(), module.bias.float()
+        scale_BC, shift_BC = scale_BC * weight_C, shift_BC * weight_C + bias_C
+    trailing = (1,) * (x_BCx.dim() - 2)
+    scale = scale_BC.view(*scale_BC.shape, *trailing)
+    shift = shift_BC.view(*shift_BC.shape, *trailing)
+    return torch.addcmul(shift, x_BCx.float(), scale).to(x_BCx.dtype)
+
+
+class PatchGroupNorm:
+    """The parallel form of one GroupNorm.
+
+    This patch's moments are fresh. The others', merged along the line of patches, are of the version that the plan's
+    policy names; under `local` there are none. With the previous step's this is the corrected asynchronous GroupNorm.
+    """
+
+    def __init__(self, ranks: RankLocal, exchange: Exchange) -> None:
+        self._ranks = ranks
+        self._exchange = exchange
+
+    def __call__(self, module: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
+        """This patch of the output, for this patch `x_BCHW` of the input."""
+        exchanger = self._ranks.current().exchanger
+        own_BG3 = moments_of(x_BCHW, module.num_groups)
+        exchanger.publish(self._exchange.layer, [own_BG3])
+        others = exchanger.collect(self._exchange.layer)
+        return normalise(x_BCHW, _merged(own_BG3, others or ()), module)
+
+
+def _merged(own_BG3: Tensor, others: Sequence[Tensor]) -> Tensor:
+    for other_BG3 in others:
+        own_BG3 = merge_moments(own_BG3, other_BG3)
+    return own_BG3

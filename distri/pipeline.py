@@ -1,0 +1,52 @@
+"""`distri.parallelize`: run a loaded diffusers pipeline as a plan says.
+
+The pipeline's own `__call__`, scheduler, callbacks and progress bar keep working: only the forward of its denoiser is
+served differently, for as long as the session lasts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distri.backends.base import Backend
+from distri.core.plan import Plan
+from distri.core.verify import verify
+from distri.errors import ModelError, UserError
+from distri.models.load import graph_of
+from distri.session import Session
+
+
+def parallelize(pipe: Any, plan: Plan, backend: str | Backend = "torch") -> Session:
+    """Serve `pipe`'s denoiser as `plan` says, until the session is closed.
+
+    As a context manager (`with distri.parallelize(pipe, plan):`) or with an undo (`session.close()`). Under the
+    `torch` backend every rank calls the pipeline with the same arguments, and rank 0's noise and text count;
+    `in_process` runs all ranks in this process. Rank 0's picture is the result.
+
+    Raises:
+        PlanError: the plan does not hold, or was made for another model.
+        ModelError: the pipeline's denoiser is of a kind that distri cannot split.
+        UserError: there is no such backend.
+    """
+    if not hasattr(pipe, "unet") or pipe.unet is None:
+        raise ModelError(f"{type(pipe).__name__} has no UNet; a Stable Diffusion or SDXL pipeline is required")
+    verify(plan, graph_of(pipe.unet, plan.model.name))
+    opened = open_backend(backend, plan, pipe.unet.device) if isinstance(backend, str) else backend
+    return Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps)
+
+
+def open_backend(name: str, plan: Plan, device: Any = None, timeout_s: float = 60.0) -> Backend:
+    """A backend by name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name == "in_process":
+        from distri.backends.in_process import InProcessBackend
+
+        return InProcessBackend(plan, timeout_s=timeout_s)
+    if name == "torch":
+        from distri.backends.torch_distributed import TorchBackend
+
+        return TorchBackend(plan, device=device, timeout_s=timeout_s)
+    raise UserError(f"unknown backend {name!r}; known: torch, in_process")
