@@ -159,7 +159,8 @@ REFUSALS = {
         "{value: 300 GB/s,",
         "{value: 300 Gb/s,",
         (
-            "host.links[0].bandwidth_bytes_per_s.value: '300 Gb/s' is in bits per second, which is how networks are"
+            "host.links[0].bandwidth_bytes_per_s.value: '300 Gb/s' is in bits per second, which is"
+            " how networks are"
             " quoted; use GB/s"
         ),
     ),
@@ -167,15 +168,17 @@ REFUSALS = {
         "memory_bytes: {value: 80 GB,",
         "memory_bytes: {value: 80 Gb,",
         (
-            "device_models.A100-SXM4-80GB.memory_bytes.value: '80 Gb' has the unit 'Gb', but this field is in bytes;"
-            " use one of kB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            "device_models.A100-SXM4-80GB.memory_bytes.value: '80 Gb' has the unit 'Gb', but this"
+            " field is in bytes;"
+            " use one of MB, GB, TB, MiB, GiB, TiB"
         ),
     ),
     "memory without its unit": (
         "memory_bytes: {value: 80 GB,",
         "memory_bytes: {value: 80,",
         (
-            "device_models.A100-SXM4-80GB.memory_bytes.value: 80 is outside the plausible range 6.4e+07 to 1e+14 of"
+            "device_models.A100-SXM4-80GB.memory_bytes.value: 80 is outside the plausible range"
+            " 6.4e+07 to 1e+14 of"
             " memory_bytes"
         ),
     ),
@@ -183,7 +186,8 @@ REFUSALS = {
         "{value: 300 GB/s,",
         "{value: 300,",
         (
-            "host.links[0].bandwidth_bytes_per_s.value: 300 B/s is outside what nvlink links have (20 to 1000 GB/s);"
+            "host.links[0].bandwidth_bytes_per_s.value: 300 B/s is outside what nvlink links have (20"
+            " to 1000 GB/s);"
             " write the unit, such as '300 GB/s'"
         ),
     ),
@@ -191,7 +195,8 @@ REFUSALS = {
         "{value: 300 GB/s,",
         "{value: 300 us,",
         (
-            "host.links[0].bandwidth_bytes_per_s.value: '300 us' has the unit 'us', but this field is a bandwidth;"
+            "host.links[0].bandwidth_bytes_per_s.value: '300 us' has the unit 'us', but this field is"
+            " a bandwidth;"
             " use one of MB/s, GB/s, TB/s or Mb/s, Gb/s (bits)"
         ),
     ),
@@ -224,7 +229,8 @@ REFUSALS = {
         'between: ["gpu[0-7]", "pcie[0,0,1,1,2,2,3,3]"]',
         'between: ["gpu[0-7]", "pcie[0,1]"]',
         (
-            "host.links[1].between: 'gpu[0-7]' names 8 nodes and 'pcie[0,1]' names 2; give as many at both ends, or"
+            "host.links[1].between: 'gpu[0-7]' names 8 nodes and 'pcie[0,1]' names 2; give as many at"
+            " both ends, or"
             " one at one end"
         ),
     ),
@@ -239,7 +245,8 @@ REFUSALS = {
         "      kind: nvlink",
         "      kind: nvlnk",
         (
-            "host.links[0].kind: 'nvlnk' is none of 'nvlink', 'pcie', 'socket', 'memory', 'infiniband', 'ethernet'"
+            "host.links[0].kind: 'nvlnk' is none of 'nvlink', 'pcie', 'socket', 'memory',"
+            " 'infiniband', 'ethernet'"
             " or 'virtual'"
         ),
     ),
@@ -268,7 +275,8 @@ REFUSALS = {
         "floor_s: {value: 3 us,",
         "floor_s: {value: 3 s,",
         (
-            "device_models.A100-SXM4-80GB.compute.streaming.floor_s.value: 3 is outside the plausible range 0 to"
+            "device_models.A100-SXM4-80GB.compute.streaming.floor_s.value: 3 is outside the plausible"
+            " range 0 to"
             " 0.01 of floor_s"
         ),
     ),

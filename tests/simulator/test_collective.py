@@ -17,7 +17,7 @@ MODELS = {
 }
 FOUR_HOSTS = CollectiveModel(load_cluster("a100-sxm-4x8"))
 
-# Rows that nothing was fitted to: nccl-tests with 8-bit data, microseconds, collected by NVIDIA aiconfigurator
+# Rows that nothing was fitted to: nccl-tests, 8-bit data, microseconds, collected by NVIDIA aiconfigurator
 # (Apache-2.0; nccl_a100_sxm_comm_nccl_2.27.3, int8 rows): (collective, ranks, bytes, us).
 HELD_OUT = [
     (Collective.ALL_GATHER, 2, 4096, 9.30),
@@ -51,7 +51,7 @@ def test_held_out_rows_are_predicted_within_eight_percent_on_average() -> None:
 
 
 def test_a_group_over_hosts_comes_close_to_what_was_measured_there() -> None:
-    # p5en, 4 hosts of 8 H200, all-reduce of 4 GiB on 32 ranks: ring bus bandwidth 365 GB/s (stas00/ml-engineering).
+    # p5en, 4 hosts of 8 H200, all-reduce of 4 GiB on 32 ranks: 365 GB/s of bus (stas00/ml-engineering).
     model = CollectiveModel(load_cluster("h200", num_hosts=4))
     cost = model.cost(Collective.ALL_REDUCE, 2**32, range(32))
     assert cost.wire_bytes / cost.alone_s == pytest.approx(365e9, rel=0.08)

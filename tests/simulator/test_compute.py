@@ -175,5 +175,5 @@ def test_a_table_is_exact_at_its_points_and_level_between_them() -> None:
 
 
 def test_a_table_refuses_times_that_cannot_be() -> None:
-    with pytest.raises(HardwareError, match="a measured time must be above 0 s; got 0.0"):
+    with pytest.raises(HardwareError, match=r"a measured time must be above 0 s; got 0\.0"):
         MeasuredTable({gemm(64, 64, 64): 0.0}, "a broken clock", MODELS["a100-sxm"])

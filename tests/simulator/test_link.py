@@ -71,7 +71,7 @@ def test_bytes_in_are_bytes_out(workload) -> None:
         carried[index] += last[index][1] * (time_ns - last[index][0])
         last[index] = (time_ns, load)
     for index, work in enumerate(carried):
-        # A flow ends in the nanosecond in which its last byte goes: at most one nanosecond of its rate is idle.
+        # A flow ends in the nanosecond in which its last byte goes: less than one of its rate is idle.
         num_flows = sum(index in dict(flow.loads) for _, flow in flows)
         assert sent[index] * NANOSECONDS <= work <= sent[index] * NANOSECONDS + num_flows * rates[index]
 
