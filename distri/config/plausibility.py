@@ -34,6 +34,7 @@ FIELD_BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "launch_graph_s": (0, 0.01),
     "floor_s": (0, 0.01),
     "split_s": (0, 0.01),
+    "kernel_gap_s": (0, 0.01),
     "efficiency": (1e-4, 2),
     "memory_efficiency": (1e-4, 2),
     "convolution_efficiency": (1e-4, 5),

@@ -2,10 +2,10 @@
 
 Analytic, per kernel: tiles of the output are handed to multiprocessors in waves, a tile costs its products
 plus a prologue (saturation with k), traffic costs bytes over achieved bandwidth, and no kernel is shorter
-than its floor. Small shards use a device badly and in steps, which a smooth curve misses by tens of percent
-(the sawteeth are in every public table of GEMM times). Convolutions are implicit GEMMs: m = batch *
-height_out * width_out, n = channels out, k = channels in * kernel area. Units: seconds, bytes; one
-multiply-accumulate is two FLOP.
+than its floor, and a gap lies between kernels. Small shards use a device badly and in steps, which a smooth
+curve misses by tens of percent (the sawteeth are in every public table of GEMM times). Convolutions are
+implicit GEMMs: m = batch * height_out * width_out, n = channels out, k = channels in * kernel area. Units:
+seconds, bytes; one multiply-accumulate is two FLOP.
 
 Free parameters live in the hardware files, fitted by `benchmarks/fit_compute.py`.
 """
@@ -121,6 +121,7 @@ class AnalyticCompute:
         self._attention = _values(parameters.attention)
         self._streaming = _values(parameters.streaming)
         self._convolution_efficiency = parameters.convolution_efficiency.value
+        self._gap_s = parameters.kernel_gap_s.value
         self._multiprocessors = round(device.num_multiprocessors.value)
         self._bandwidth = device.memory_bandwidth_bytes_per_s.value
         launches = {LaunchMode.EAGER: device.launch_eager_s, LaunchMode.GRAPH: device.launch_graph_s}
@@ -133,7 +134,8 @@ class AnalyticCompute:
         known = self._known.get(shape)
         if known is None:
             tag, source = self._provenance[shape.kind]
-            known = ComputeCost(self._device_s(shape), self._launch_s * shape.num_kernels, tag, source)
+            device_s = self._device_s(shape) + self._gap_s * shape.num_kernels
+            known = ComputeCost(device_s, self._launch_s * shape.num_kernels, tag, source)
             self._known[shape] = known
         return known
 
@@ -284,5 +286,5 @@ def _provenance(device: DeviceModel, kind: KernelKind) -> tuple[Tag, str]:
             figures = list(vars(compute.attention).values())
         case _:
             figures = list(vars(compute.streaming).values())
-    weakest = max(figures, key=lambda figure: list(Tag).index(figure.tag))
+    weakest = max([*figures, compute.kernel_gap_s], key=lambda figure: list(Tag).index(figure.tag))
     return weakest.tag, weakest.source

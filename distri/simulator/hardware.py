@@ -9,7 +9,7 @@ and add count as two).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -143,12 +143,17 @@ class StreamingParameters:
 
 @dataclass(frozen=True)
 class ComputeParameters:
-    """The analytic compute model of one kind of device. `convolution_efficiency` is relative to a GEMM's."""
+    """The analytic compute model of one kind of device.
+
+    `convolution_efficiency` is relative to a GEMM's. `kernel_gap_s` is what the device idles between a kernel and the
+    one that depends on it, even in a CUDA graph.
+    """
 
     gemm: GemmParameters
     attention: AttentionParameters
     streaming: StreamingParameters
     convolution_efficiency: Figure
+    kernel_gap_s: Figure
 
     __pydantic_config__ = _STRICT
 
@@ -174,6 +179,20 @@ class DeviceModel:
     compute: ComputeParameters
 
     __pydantic_config__ = _STRICT
+
+    def with_figures(self, figures: Mapping[str, Figure]) -> DeviceModel:
+        """This model with other parameters of its compute model, named as `kernel_gap_s` or `gemm.efficiency`.
+
+        What calibration makes. Raises TypeError for a name that there is not.
+        """
+        compute = self.compute
+        for name, figure in figures.items():
+            group, _, field_name = name.rpartition(".")
+            changes: dict[str, Any] = {field_name: figure}
+            if group:
+                changes = {group: replace(getattr(compute, group), **changes)}
+            compute = replace(compute, **changes)
+        return replace(self, compute=compute)
 
 
 @dataclass(frozen=True)

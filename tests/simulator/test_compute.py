@@ -144,6 +144,22 @@ def test_a_convolution_is_a_gemm_at_its_own_efficiency() -> None:
     assert slow.tag is Tag.FITTED
 
 
+def test_calibration_changes_the_parameters_that_it_names_and_no_others() -> None:
+    device, figure = DEVICES["h200"], Figure(0.7, Tag.FITTED, "a test's own value")
+    changed = device.with_figures({"gemm.efficiency": figure})
+    assert changed.compute.gemm == replace(device.compute.gemm, efficiency=figure)
+    assert changed.with_figures({"gemm.efficiency": device.compute.gemm.efficiency}) == device
+    with pytest.raises(TypeError, match="colour"):
+        device.with_figures({"gemm.colour": figure})
+
+
+def test_every_kernel_waits_for_the_gap_before_it() -> None:
+    device, shape = DEVICES["h200"], replace(gemm(512, 1280, 1280), num_kernels=3)
+    wide = device.with_figures({"kernel_gap_s": Figure(5e-6, Tag.FITTED, "a test's own value")})
+    longer_s = AnalyticCompute(wide).cost(shape).device_s - MODELS["h200"].cost(shape).device_s
+    assert longer_s == pytest.approx(3 * (5e-6 - device.compute.kernel_gap_s.value))
+
+
 def test_a_dtype_without_a_rate_is_refused() -> None:
     with pytest.raises(
         HardwareError, match=r"no peak rate for float8 on this device; it has bfloat16, float16, float32"
