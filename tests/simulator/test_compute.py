@@ -133,11 +133,14 @@ def test_launches_cost_the_host_and_graphs_almost_nothing() -> None:
 def test_a_convolution_is_a_gemm_at_its_own_efficiency() -> None:
     shape = gemm(16384, 1280, 11520, KernelKind.CONVOLUTION)
     device = DEVICES["a100-sxm"]
-    half = replace(device.compute, convolution_efficiency=Figure(0.5, Tag.FITTED, "a test's own value"))
-    fast, slow = (
-        AnalyticCompute(device).cost(shape),
-        AnalyticCompute(replace(device, compute=half)).cost(shape),
+    own = "a test's own value"
+    calibrated = device.with_figures(
+        {
+            "convolution_efficiency": Figure(0.5, Tag.FITTED, own),
+            "kernel_gap_s": Figure(1e-6, Tag.FITTED, own),
+        }
     )
+    fast, slow = AnalyticCompute(device).cost(shape), AnalyticCompute(calibrated).cost(shape)
     assert fast.device_s == pytest.approx(MODELS["a100-sxm"].cost(gemm(16384, 1280, 11520)).device_s)
     assert slow.device_s == pytest.approx(2 * fast.device_s, rel=0.05)
     assert fast.tag is Tag.ASSUMED
