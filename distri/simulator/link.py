@@ -48,7 +48,8 @@ def flow_of(key: Key, num_bytes: int, route: Route, extra_ns: int = 0) -> Flow:
 
 def alone_ns(flow: Flow, channels: Sequence[Channel]) -> int:
     """Closed form: the time of a flow that shares with no other."""
-    rate = _max_min({flow.key: flow}, channels)[flow.key]
+    capacities = [channel.capacity_bytes_per_s for channel in channels]
+    rate = _max_min({flow.key: flow}, capacities)[flow.key]
     return flow.latency_ns + _duration_ns(flow.num_bytes * NANOSECONDS, rate)
 
 
@@ -91,6 +92,8 @@ class LinkNetwork:
         self._record = record
         self._active: dict[Key, _Active] = {}
         self._on_channel: list[dict[Key, int]] = [{} for _ in channels]
+        self._capacities = [channel.capacity_bytes_per_s for channel in channels]
+        self._alone: dict[tuple[tuple[tuple[int, int], ...], int | None], int] = {}
         self._loads = [0] * len(channels)
         self._busy_since = [0] * len(channels)
         self._touched: set[int] = set()
@@ -141,20 +144,30 @@ class LinkNetwork:
         keys, channels = self._component()
         flows = {key: self._active[key].flow for key in keys}
         now = self._now()
-        for key, rate in _max_min(flows, self.channels).items():
+        for key, rate in self._rates(flows).items():
             active = self._active[key]
             if rate != active.rate:
                 active.work -= active.rate * (now - active.since_ns)
                 active.rate, active.since_ns = rate, now
-        for channel in sorted(channels):
-            load = sum(self._active[key].rate * weight for key, weight in self._on_channel[channel].items())
-            self._set_load(channel, load)
+        self._set_loads(channels, flows)
         self._touched, self._fresh = set(), set()
         self._wait_for_next_end()
+
+    def _rates(self, flows: dict[Key, Flow]) -> dict[Key, int]:
+        """Max-min fair rates; the rate of a flow that is alone is kept, for the same ones come again and again."""
+        if len(flows) != 1:
+            return _max_min(flows, self._capacities)
+        ((key, flow),) = flows.items()
+        kind = (flow.loads, flow.limit_bytes_per_s)
+        if kind not in self._alone:
+            self._alone[kind] = _max_min(flows, self._capacities)[key]
+        return {key: self._alone[kind]}
 
     def _component(self) -> tuple[list[Key], set[int]]:
         """The flows joined to what changed by shared channels, in order of keys, and those channels."""
         keys, channels, queue = set(self._fresh), set(self._touched), list(self._touched)
+        if len(keys) == len(self._active):
+            return sorted(keys), channels
         while queue:
             for key in self._on_channel[queue.pop()]:
                 if key not in keys:
@@ -164,19 +177,24 @@ class LinkNetwork:
                     queue.extend(reached)
         return sorted(keys), channels
 
-    def _set_load(self, channel: int, load: int) -> None:
-        assert load <= self.channels[channel].capacity_bytes_per_s, f"channel {channel} is over its capacity"
-        before = self._loads[channel]
-        if load == before:
-            return
-        now = self._now()
-        if before == 0:
-            self._busy_since[channel] = now
-        elif load == 0:
-            self.busy_ns[channel] += now - self._busy_since[channel]
-        self._loads[channel] = load
-        if self._record:
-            self.load_history.append((now, channel, load))
+    def _set_loads(self, channels: set[int], flows: dict[Key, Flow]) -> None:
+        """Note what each of the channels carries from now on; every flow on them is among `flows`."""
+        loads = dict.fromkeys(channels, 0)
+        for key, flow in flows.items():
+            rate = self._active[key].rate
+            for channel, weight in flow.loads:
+                loads[channel] += rate * weight
+        now, before = self._now(), self._loads
+        changed = [(channel, load) for channel, load in loads.items() if load != before[channel]]
+        for channel, load in sorted(changed) if self._record else changed:
+            assert load <= self._capacities[channel], f"channel {channel} is over its capacity"
+            if before[channel] == 0:
+                self._busy_since[channel] = now
+            elif load == 0:
+                self.busy_ns[channel] += now - self._busy_since[channel]
+            before[channel] = load
+            if self._record:
+                self.load_history.append((now, channel, load))
 
     def _wait_for_next_end(self) -> None:
         self._generation += 1
@@ -211,13 +229,13 @@ def _duration_ns(work: int, rate: int) -> int:
     return -(-work // rate)
 
 
-def _max_min(flows: dict[Key, Flow], channels: Sequence[Channel]) -> dict[Key, int]:
+def _max_min(flows: dict[Key, Flow], capacities: Sequence[int]) -> dict[Key, int]:
     """Max-min fair whole rates: all rise together; a flow stops at its limit or its first full channel."""
     room: dict[int, int] = {}
     weights: dict[int, int] = {}
     for flow in flows.values():
         for channel, weight in flow.loads:
-            room[channel] = channels[channel].capacity_bytes_per_s
+            room[channel] = capacities[channel]
             weights[channel] = weights.get(channel, 0) + weight
     rates: dict[Key, int] = {}
     rising = dict(flows)
