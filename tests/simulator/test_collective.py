@@ -2,7 +2,7 @@ import math
 
 import pytest
 import simpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distri.config.hardware import load_cluster
@@ -95,6 +95,7 @@ def test_without_nvlink_or_peer_to_peer_gathers_are_slower() -> None:
     assert times[2] > 5 * times[1]
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(list(Collective)),
@@ -111,6 +112,7 @@ def test_more_bytes_never_cost_less(
     assert small.wire_bytes == math.ceil(bus_factor(collective, len(ranks)) * first)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(Collective)), st.integers(1, 2**28), st.sampled_from([8, 16, 32]))
 def test_a_collective_alone_on_the_links_takes_its_closed_form(
     collective: Collective, num_bytes: int, num_ranks: int

@@ -3,7 +3,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distri.config.hardware import load_cluster
@@ -98,6 +98,7 @@ shapes = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(MODELS)), shapes)
 def test_no_shape_runs_faster_than_the_peak_or_the_floor(name: str, shape: OperationShape) -> None:
     device, cost = DEVICES[name], MODELS[name].cost(shape)
@@ -105,12 +106,14 @@ def test_no_shape_runs_faster_than_the_peak_or_the_floor(name: str, shape: Opera
     assert cost.device_s >= 1e-6 * shape.num_kernels
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 2**30))
 def test_more_bytes_never_cost_less(shape: OperationShape, more: int) -> None:
     larger = replace(shape, bytes_read=shape.bytes_read + more)
     assert MODELS["h100-sxm"].cost(shape).device_s <= MODELS["h100-sxm"].cost(larger).device_s
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 4096))
 def test_longer_sums_never_cost_less(shape: OperationShape, more: int) -> None:
     larger = replace(shape, k=shape.k + more)

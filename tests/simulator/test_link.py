@@ -49,6 +49,7 @@ def workloads(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, Flow]]]:
     return rates, flows
 
 
+@settings(deadline=None)
 @given(workloads())
 def test_no_channel_is_ever_above_its_capacity(workload) -> None:
     rates, flows = workload
@@ -58,6 +59,7 @@ def test_no_channel_is_ever_above_its_capacity(workload) -> None:
     assert network.loads_bytes_per_s() == (0,) * len(rates)
 
 
+@settings(deadline=None)
 @given(workloads())
 def test_bytes_in_are_bytes_out(workload) -> None:
     rates, flows = workload
@@ -76,6 +78,7 @@ def test_bytes_in_are_bytes_out(workload) -> None:
         assert sent[index] * NANOSECONDS <= work <= sent[index] * NANOSECONDS + num_flows * rates[index]
 
 
+@settings(deadline=None)
 @given(workloads())
 def test_no_flow_ends_before_it_could_alone(workload) -> None:
     rates, flows = workload
@@ -84,6 +87,7 @@ def test_no_flow_ends_before_it_could_alone(workload) -> None:
     assert all(ends[flow.key] >= start + alone_ns(flow, channels) for start, flow in flows)
 
 
+@settings(deadline=None)
 @given(workloads(), st.randoms(use_true_random=False))
 def test_the_order_in_which_flows_are_started_does_not_matter(workload, random) -> None:
     rates, flows = workload
@@ -94,6 +98,7 @@ def test_the_order_in_which_flows_are_started_does_not_matter(workload, random) 
     assert first == second
 
 
+@settings(deadline=None)
 @given(capacities, sizes, st.integers(0, 10**6))
 def test_one_message_alone_matches_the_closed_form(capacity: int, num_bytes: int, latency_ns: int) -> None:
     route = Route(0, 1, ((0, 1),), latency_ns, capacity)
@@ -102,6 +107,7 @@ def test_one_message_alone_matches_the_closed_form(capacity: int, num_bytes: int
     assert ends[0, 0, 0] == route.alone_ns(num_bytes) == alone_ns(flow, [channel(capacity)])
 
 
+@settings(deadline=None)
 @given(capacities, sizes, sizes, st.integers(0, 10**7))
 def test_two_messages_alone_match_the_closed_form(
     capacity: int, first: int, second: int, gap_ns: int
@@ -111,6 +117,7 @@ def test_two_messages_alone_match_the_closed_form(
     assert (ends[0, 0, 0], ends[1, 0, 0]) == two_alone_ns(first, second, gap_ns, capacity)
 
 
+@settings(deadline=None)
 @given(capacities, st.integers(0, 10**9), sizes, st.integers(0, 10**5), st.integers(0, 10**5))
 def test_a_single_flow_is_never_slower_on_a_better_link(
     capacity: int, more: int, num_bytes: int, latency_ns: int, longer_ns: int
@@ -122,6 +129,7 @@ def test_a_single_flow_is_never_slower_on_a_better_link(
     assert alone(capacity, latency_ns) <= alone(capacity, latency_ns + longer_ns)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(10**6, 10**9))
 def test_equal_flows_share_equally_and_end_together(num_flows: int, num_bytes: int) -> None:
     flows = [(0, Flow((rank, 0, 0), num_bytes, ((0, 1),))) for rank in range(num_flows)]
@@ -129,7 +137,7 @@ def test_equal_flows_share_equally_and_end_together(num_flows: int, num_bytes: i
     assert set(ends.values()) == {-(-num_bytes * NANOSECONDS // 10**9)}
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(10**6, 10**8))
 def test_a_flow_held_back_elsewhere_leaves_its_share_to_others(num_bytes: int) -> None:
     slow = Flow((0, 0, 0), num_bytes, ((0, 1), (1, 1)))
