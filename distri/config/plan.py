@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from distri.core.plan import SCHEMA_VERSION, Plan
 from distri.core.planner import to_jsonable
 from distri.core.verify import verify
@@ -74,6 +72,8 @@ def parse_plan(text: str) -> Plan:
 
 
 def _validate(data: dict[str, Any]) -> Plan:
+    from pydantic import TypeAdapter, ValidationError  # here, because writing a plan does without
+
     try:
         return TypeAdapter(Plan).validate_python(data)
     except ValidationError as error:

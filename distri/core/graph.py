@@ -103,8 +103,9 @@ class Operation:
         if self.kind in (OperationKind.SELF_ATTENTION, OperationKind.CROSS_ATTENTION):
             batch, queries, channels = own.shape(self.inputs[0])
             keys = (context or own).dim(self.inputs[1][1])
-            count = self_attention if self.kind is OperationKind.SELF_ATTENTION else cross_attention
-            return count.macs(batch, queries, keys, channels)
+            if self.kind is OperationKind.SELF_ATTENTION:
+                return self_attention.macs(batch, queries, keys, channels)
+            return cross_attention.macs(batch, queries, keys, channels)
         return 0
 
     def activation_bytes(self, extent: Extent, element_bytes: int) -> int:
