@@ -91,7 +91,8 @@ def plan_options(default_model: str, default_gpus: int) -> Callable[[F], F]:
         ),
         click.option(
             "--guidance-scale",
-            type=GuidanceScale(),
+            type=float,
+            callback=parse_scale,
             help="1 or less turns guidance off. Default: the model's own.",
         ),
         click.option(
@@ -124,7 +125,7 @@ def plan_options(default_model: str, default_gpus: int) -> Callable[[F], F]:
         ),
         click.option(
             "--bands",
-            type=BandWeights(),
+            callback=parse_bands,
             metavar="3,2,1",
             help="Sizes of the bands, as weights. Default: even.",
         ),
