@@ -24,7 +24,7 @@ from distri.core.partition import check_image_size
 from distri.core.plan import DTYPE_BYTES
 from distri.core.planner import TEXT_TOKENS, reference_of
 from distri.core.shape import Extent, full_rect
-from distri.errors import PlanError
+from distri.errors import OutputError
 
 
 @click.command("graph")
@@ -69,13 +69,13 @@ def _format(form: str | None, output: Path | None, as_json: bool) -> str:
     """The form that flags and file name ask for.
 
     Raises:
-        PlanError: a table was asked for in a file.
+        OutputError: a table was asked for in a file.
     """
     if output is None:
         return form or ("json" if as_json else "table")
     chosen = form or {".json": "json", ".dot": "dot", ".gv": "dot"}.get(output.suffix, "")
     if chosen not in ("json", "dot"):
-        raise PlanError(f"{output}: a graph is written as json or dot; use --format json or --format dot")
+        raise OutputError(f"{output}: a graph is written as json or dot; use --format json or --format dot")
     return chosen
 
 

@@ -67,8 +67,7 @@ def split_band(size: int, weights: Sequence[Fraction], grain: Grain, dim: str) -
     """
     parts = len(weights)
     units = ceil_div(size, grain.alignment)
-    if units < parts:
-        raise PartitionError(_too_small(size, parts, grain, dim))
+    check_units(size, parts, grain, dim)
     total = sum(weights)
     shares = [weight * units / total for weight in weights]
     counts = [max(1, int(share)) for share in shares]
@@ -93,11 +92,18 @@ def _settle(counts: list[int], units: int, order: Sequence[int], shares: Sequenc
         counts[max(movable, key=lambda part: (counts[part] - shares[part], part))] -= 1
 
 
-def _too_small(size: int, parts: int, grain: Grain, dim: str) -> str:
+def check_units(size: int, parts: int, grain: Grain, dim: str) -> None:
+    """Hold that there is a unit of `grain.alignment` for each of `parts` bands.
+
+    Raises:
+        PartitionError: there are fewer; the sentence names sizes and rank counts that work.
+    """
     units = ceil_div(size, grain.alignment)
+    if units >= parts:
+        return
     pixels = size * grain.pixels_per_latent
     side = "height" if dim == "rows" else "width"
-    return (
+    raise PartitionError(
         f"{pixels} pixel {dim} do not split into {parts} patches: {grain.layer} needs {dim} in multiples of "
         f"{grain.pixels} pixels, which leaves {units} of them; use at most {units} patches, "
         f"or a {side} of at least {parts * grain.pixels}"
@@ -161,16 +167,15 @@ def make_partition(
             )
         if any(weight <= 0 for weight in weights):
             raise PartitionError("band weights must be positive")
-    chosen = tuple(weights) if weights is not None else even_weights(parts)
-    if axis is SplitAxis.ROWS:
-        full = Band(0, cols)
-        return Partition(axis, tuple(Rect(band, full) for band in split_band(rows, chosen, grain, "rows")))
-    if axis is SplitAxis.COLS:
-        full = Band(0, rows)
-        return Partition(axis, tuple(Rect(full, band) for band in split_band(cols, chosen, grain, "columns")))
     down, across = grid or grid_of(parts)
+    if axis is not SplitAxis.GRID:
+        down, across = (parts, 1) if axis is SplitAxis.ROWS else (1, parts)
     if down * across != parts:
         raise PartitionError(f"a grid of {down} x {across} has {down * across} patches, not {parts}")
-    row_bands = split_band(rows, even_weights(down), grain, "rows")
-    col_bands = split_band(cols, even_weights(across), grain, "columns")
+    check_units(rows, down, grain, "rows")
+    check_units(cols, across, grain, "columns")
+    row_weights = weights if weights is not None and axis is SplitAxis.ROWS else even_weights(down)
+    col_weights = weights if weights is not None and axis is SplitAxis.COLS else even_weights(across)
+    row_bands = split_band(rows, row_weights, grain, "rows")
+    col_bands = split_band(cols, col_weights, grain, "columns")
     return Partition(axis, tuple(Rect(row, col) for row in row_bands for col in col_bands))
