@@ -1,0 +1,286 @@
+"""The transport of one rank: versions in, versions out, exactly as `distri.core.staleness` has them.
+
+Invariants. A value is packed when it is handed over, so the layers keep nothing alive. A slot is packed or received
+into only after its last messages have left. What is received is a view of the arena: read it in the step that asked
+for it. Nothing is allocated after the first displaced step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distri.backends.torch_distributed.alarm import Alarm, LostPeerError
+from distri.backends.torch_distributed.arena import Arena
+from distri.backends.torch_distributed.lane import Lane, StreamTicket, Ticket
+from distri.backends.torch_distributed.routes import Route, Routes
+from distri.backends.torch_distributed.wire import Addressed, Parcel, Wire
+from distri.core.buffers import VersionedBuffer
+from distri.core.plan import Exchange, Plan
+from distri.core.policy import ExchangeKind
+from distri.core.staleness import check_version
+from distri.errors import RunError, ScheduleMismatchError
+
+
+@dataclass
+class TransportStats:
+    """What a rank has done so far. `waited_s` is communication that computation did not hide (CPU lanes only)."""
+
+    waited_s: float = 0.0
+    num_waits: int = 0
+    num_parcels: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True)
+class Links:
+    """What a transport sends through: its two lanes, and a process group for each of them and for the gather."""
+
+    late: Lane
+    urgent: Lane
+    late_wire: Wire
+    urgent_wire: Wire
+    world_wire: Wire
+    alarm: Alarm
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """Where a version will be, and when."""
+
+    ticket: Ticket
+    slot: int
+
+
+class TorchTransport:
+    """Implements `distri.core.exchanger.Transport` for tensors.
+
+    dtype: of halos and contexts; by default that of the first one handed over.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        links: Links,
+        device: torch.device,
+        who: str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.who = who
+        self.device = device
+        self.stats = TransportStats()
+        self.routes = Routes(plan, plan.mesh.patch_of(rank))
+        self.arena = Arena(self.routes, device)
+        self._links = links
+        self._dtype = dtype
+        self._step = 0
+        self._layer = ""
+        self._held = VersionedBuffer[_Delivery]()
+        self._open: dict[int, Ticket] = {}
+        self._slot_users: dict[tuple[str, int], Ticket] = {}
+        self._slot_versions: dict[tuple[str, int], int] = {}
+        self._share_users: dict[tuple[str, int], Ticket] = {}
+        self._placed: dict[str, int] = {}
+        self._gather: Ticket | None = None
+        self._output: _Output | None = None
+
+    @property
+    def position(self) -> str:
+        """Where the rank is: its step and the last layer that exchanged something."""
+        return f"step {self._step}" + (f", {self._layer}" if self._layer else "")
+
+    def begin_image(self) -> None:
+        """Forget all versions of the last image, after the messages under way have arrived."""
+        for ticket in [*self._slot_users.values(), *self._share_users.values()]:
+            if ticket not in self._open.values():
+                self.await_ticket(ticket, "the end of the last image")
+        self._held.clear()
+        self._open.clear()
+        self._slot_users.clear()
+        self._slot_versions.clear()
+        self._share_users.clear()
+        self._placed.clear()
+        self._step, self._layer = 0, ""
+
+    def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
+        """Pack a value; it leaves at once, or with the last value of its bucket."""
+        self._step, self._layer = version, exchange.layer
+        route = self.routes.by_layer[exchange.layer]
+        slot = version % route.depth
+        self._pack(route, slot, parts, is_late=bucket is not None)
+        self._slot_versions[route.layer, slot] = version
+        if bucket is None:
+            ticket = self._dispatch(
+                self._links.urgent, self._links.urgent_wire, (route.layer,), slot, False, None
+            )
+            self._hold(route, version, slot, ticket, is_late=False)
+            return
+        promise = self._open.get(bucket) or self._open.setdefault(bucket, self._links.late.promise())
+        self._hold(route, version, slot, promise, is_late=True)
+        members = self.routes.late_members(version, bucket)
+        if route.layer == members[-1]:
+            del self._open[bucket]
+            self._dispatch(self._links.late, self._links.late_wire, members, slot, True, promise)
+
+    def receive(self, exchange: Exchange, version: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Wait for exactly this version of the others' values.
+
+        Raises:
+            StaleReadError: it was never sent for, or its place holds another one.
+            LostPeerError: it did not come.
+        """
+        self._layer = exchange.layer
+        route = self.routes.by_layer[exchange.layer]
+        delivery = self._held.get(route.layer, version)
+        check_version(route.layer, version, self._slot_versions[route.layer, delivery.slot])
+        self.await_ticket(delivery.ticket, f"{exchange.layer} ({exchange.kind.value}), version {version}")
+        if exchange.kind is ExchangeKind.HALO:
+            return self.arena.incoming[route.layer, delivery.slot]
+        if exchange.kind is ExchangeKind.MOMENTS:
+            line = self.arena.lines[route.layer, delivery.slot]
+            return [merged for merged in (line.before, line.after) if merged is not None]
+        if self._placed.pop(route.layer, None) != delivery.slot:
+            self._place_share(route, delivery.slot, own)
+            del self._placed[route.layer]
+        return [self.arena.whole[route.layer, delivery.slot]]
+
+    def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
+        """Every rank's output of this version, in rank order; the others' are valid until the next gather."""
+        self._step, self._layer = version, exchange.layer
+        if self.plan.mesh.size == 1:
+            return [own]
+        if self._output is None:
+            self._output = _Output(self.plan, self.rank, own, self.device)
+        output = self._output
+        if isinstance(self._gather, StreamTicket):
+            self._gather.wait_on_host(self._links.alarm, self._links.timeout_s)
+        output.pack(own, self.who)
+        wire = self._links.world_wire
+        self._gather = self._links.urgent.submit(lambda: wire.exchange(output.sends, output.receives))
+        self.await_ticket(self._gather, f"the output, version {version}")
+        self.stats.bytes_received += sum(t.nbytes for t, _ in output.receives)
+        self._step, self._layer = version + 1, ""
+        return output.results(own)
+
+    def _hold(self, route: Route, version: int, slot: int, ticket: Ticket, is_late: bool) -> None:
+        self._held.put(route.layer, version, _Delivery(ticket, slot))
+        self._slot_users[route.layer, slot] = ticket
+        if route.shares:
+            self._share_users[route.layer, (slot + 1) % 2 if is_late else slot] = ticket
+
+    def _dispatch(
+        self,
+        lane: Lane,
+        wire: Wire,
+        layers: tuple[str, ...],
+        slot: int,
+        is_late: bool,
+        promise: Ticket | None,
+    ) -> Ticket:
+        parcel: Parcel = self.arena.parcel(layers, slot, is_late)
+        self.stats.num_parcels += 1
+        self.stats.bytes_received += parcel.num_bytes
+        patch, parts = self.routes.patch, self.routes.parts
+        return lane.submit(lambda: wire.deliver(parcel, patch, parts), promise)
+
+    def _pack(self, route: Route, slot: int, parts: Sequence[Tensor], is_late: bool) -> None:
+        self._await_user(self._slot_users.get((route.layer, slot)), route)
+        kind = route.exchange.kind
+        if kind is ExchangeKind.MOMENTS:
+            self._copy(route, [self.arena.lines[route.layer, slot].own], parts)
+            return
+        self._fix_dtype(route, parts)
+        if kind is ExchangeKind.HALO:
+            self._copy(route, self.arena.outgoing[route.layer, slot], parts)
+        else:
+            self._place_share(route, (slot + 1) % 2 if is_late else slot, parts)
+
+    def _place_share(self, route: Route, slot: int, own: Sequence[Tensor]) -> None:
+        """Write this patch's keys and values beside the others' in `slot`."""
+        self._await_user(self._share_users.get((route.layer, slot)), route)
+        self._copy(route, [self.arena.share(route.layer, slot, self.routes.patch)], own)
+        self._placed[route.layer] = slot
+
+    def _copy(self, route: Route, places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Copy the parts into their places.
+
+        Raises:
+            ScheduleMismatchError: they are not what the plan says.
+        """
+        arrived = [(tuple(part.shape), part.dtype) for part in parts]
+        if arrived != [(tuple(place.shape), place.dtype) for place in places]:
+            raise ScheduleMismatchError(
+                f"{self.who}: {self.position}: the plan has {_shapes(places)}, the layer made {_shapes(parts)}; "
+                "the plan was made for another model, size or batch, or the layers differ in dtype"
+            )
+        for place, part in zip(places, parts, strict=True):
+            place.copy_(part.detach())
+
+    def _fix_dtype(self, route: Route, parts: Sequence[Tensor]) -> None:
+        if self.arena.dtype is None:
+            given = self._dtype or (parts[0].dtype if parts else getattr(torch, route.exchange.dtype))
+            assert isinstance(given, torch.dtype)
+            self.arena.fix_dtype(given)
+
+    def _await_user(self, ticket: Ticket | None, route: Route) -> None:
+        """Let the last messages from or into a place go first; they always have, unless versions were never read."""
+        if ticket is not None and not ticket.is_done:
+            self.await_ticket(ticket, f"{route.layer}: its buffer")
+
+    def await_ticket(self, ticket: Ticket, what: str) -> None:
+        """Wait for a lane's work, and say who waited at which step for what if that was in vain.
+
+        Raises:
+            LostPeerError: another rank is the cause.
+        """
+        started = time.perf_counter()
+        try:
+            ticket.wait()
+        except LostPeerError as error:
+            raise LostPeerError(f"{self.who}: step {self._step}, {what}: {error}") from error
+        except RunError as error:
+            cause = self._links.alarm.settled() or str(error)
+            raise LostPeerError(f"{self.who}: step {self._step}, {what}: {cause}") from error
+        self.stats.waited_s += time.perf_counter() - started
+        self.stats.num_waits += 1
+
+
+class _Output:
+    """Buffers of the gather: each rank's patch of the result, for both guidance branches."""
+
+    def __init__(self, plan: Plan, rank: int, own: Tensor, device: torch.device) -> None:
+        self._rank = rank
+        batch, channels = own.shape[:2]
+        with torch.inference_mode(False):
+            self._patches = [
+                torch.zeros((batch, channels, p.rows.size, p.cols.size), dtype=own.dtype, device=device)
+                for p in (plan.partition.patches[plan.mesh.patch_of(r)] for r in range(plan.mesh.size))
+            ]
+        others = [r for r in range(plan.mesh.size) if r != rank]
+        self.sends: list[Addressed] = [(self._patches[rank], r) for r in others]
+        self.receives: list[Addressed] = [(self._patches[r], r) for r in others]
+
+    def pack(self, own: Tensor, who: str) -> None:
+        """Copy this rank's output to where it is sent from."""
+        place = self._patches[self._rank]
+        if own.shape != place.shape or own.dtype != place.dtype:
+            raise ScheduleMismatchError(
+                f"{who}: the output is {_shapes([own])}, where the plan has {_shapes([place])}"
+            )
+        place.copy_(own.detach())
+
+    def results(self, own: Tensor) -> list[Tensor]:
+        """All ranks' outputs, in rank order; this rank's is the tensor it gave."""
+        return [own if r == self._rank else patch for r, patch in enumerate(self._patches)]
+
+
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors) or "nothing"
