@@ -20,6 +20,7 @@ from distri.errors import PlanError
 from distri.models.arguments import arguments_of_rank, bind, branch_of, check_latent
 from distri.models.attach import Attachment, ReplacedForward, attach_layers
 from distri.nn.rank_context import RankContext, RankLocal
+from distri.nn.reconstruction import Reconstruction
 
 ImageToken = Callable[[], object]
 
@@ -50,7 +51,8 @@ class Session:
             raise
 
     def _open_rank(self, rank: int) -> RankContext:
-        return RankContext(Exchanger(self.plan, rank, self.backend.transport(rank)))
+        transport = Reconstruction(self.plan, rank, self.backend.transport(rank))
+        return RankContext(Exchanger(self.plan, rank, transport))
 
     def __enter__(self) -> Session:
         return self

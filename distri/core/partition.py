@@ -71,8 +71,7 @@ def split_band(size: int, weights: Sequence[Fraction], grain: Grain, dim: str) -
     total = sum(weights)
     shares = [weight * units / total for weight in weights]
     counts = [max(1, int(share)) for share in shares]
-    order = sorted(range(parts), key=lambda part: (-(shares[part] - int(shares[part])), part))
-    _settle(counts, units, order, shares)
+    _settle(counts, units, shares)
     bands, start = [], 0
     for count in counts:
         stop = min(size, start + count * grain.alignment)
@@ -81,14 +80,13 @@ def split_band(size: int, weights: Sequence[Fraction], grain: Grain, dim: str) -
     return tuple(bands)
 
 
-def _settle(counts: list[int], units: int, order: Sequence[int], shares: Sequence[Fraction]) -> None:
-    """Adjust `counts` in place until they add up to `units`, moving one unit at a time where it hurts least."""
-    position = 0
+def _settle(counts: list[int], units: int, shares: Sequence[Fraction]) -> None:
+    """Adjust `counts` in place until they add up to `units`, one unit at a time where it is missed or hurts least."""
+    parts = range(len(counts))
     while sum(counts) < units:
-        counts[order[position % len(order)]] += 1
-        position += 1
+        counts[max(parts, key=lambda part: (shares[part] - counts[part], -part))] += 1
     while sum(counts) > units:
-        movable = [part for part in order if counts[part] > 1]
+        movable = [part for part in parts if counts[part] > 1]
         counts[max(movable, key=lambda part: (counts[part] - shares[part], part))] -= 1
 
 

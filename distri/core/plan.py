@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distri.core.codec import Codec
 from distri.core.mesh import Mesh
 from distri.core.ops.conv2d import ConvGeometry
 from distri.core.partition import Grain, Partition
@@ -57,7 +58,7 @@ class Exchange:
 
     shape: the whole picture's value at one rank of the guidance mesh: (batch, channels, rows, columns) for `halo` and
     `output`, (batch, groups, 3) for `moments`, (tokens, batch, keys and values) for `context`. level: how far that is
-    downsampled. bucket: the message it travels in once the phase is steady; None if it travels alone or not at all.
+    downsampled. codec: how late values are written. bucket: the message it travels in once the phase is steady; None if it travels alone or not at all.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Exchange:
     kind: ExchangeKind
     warmup: Policy
     steady: Policy
+    codec: Codec
     dtype: str
     shape: tuple[int, ...]
     level: int

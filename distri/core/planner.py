@@ -24,12 +24,11 @@ from distri.core.plan import (
     ModelReference,
     Plan,
 )
-from distri.core.policy import ExchangeKind, Phase, Policy, PolicyTable, policy_table
+from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, PolicyTable, policy_table
 from distri.core.shape import Extent
 from distri.errors import PlanError
 
 TEXT_TOKENS = 77
-SENDS_LATE = (Policy.STALE, Policy.CORRECTED)
 SENDS_NOTHING = (Policy.LOCAL, Policy.FROZEN)
 
 
@@ -150,7 +149,7 @@ def check_warmup(request: PlanRequest, mesh: Mesh) -> int:
         raise PlanError(f"at least 1 denoising step is needed, not {steps}")
     if request.warmup_steps < 0:
         raise PlanError(f"the number of warm-up steps cannot be negative: {request.warmup_steps}")
-    late = any(rule.policy in (*SENDS_LATE, Policy.FROZEN) for rule in request.policy.rules)
+    late = any(rule.policy in (*READS_LATE, Policy.FROZEN) for rule in request.policy.rules)
     if late and mesh.patch > 1 and request.warmup_steps < 1:
         raise PlanError(
             f"policy {request.policy.name!r} reads the previous step, which step 0 does not have; "
@@ -217,36 +216,37 @@ def _make_exchange(
     dtype: str,
 ) -> Exchange:
     """One exchange with the figures that follow from its geometry."""
-    peers, elements = reception(plan, kind, shape, level, geometry)
-    size = DTYPE_BYTES[dtype]
-    warmup, steady = (plan.policy.policy(kind, phase, layer) for phase in (Phase.WARMUP, Phase.STEADY))
-    return Exchange(
-        index, layer, kind, warmup, steady, dtype, shape, level, geometry,
-        peers, elements, tuple(count * size for count in elements), None,
-    )  # fmt: skip
+    warmup, steady = (plan.policy.rule(kind, phase, layer) for phase in (Phase.WARMUP, Phase.STEADY))
+    empty = Exchange(
+        index, layer, kind, warmup.policy, steady.policy, steady.codec, dtype, shape, level, geometry, (), (), (), None
+    )
+    peers, elements, sizes = reception(plan, empty)
+    return dataclasses.replace(empty, peers=peers, elements_received=elements, bytes_received=sizes)
 
 
 def reception(
-    plan: Plan, kind: ExchangeKind, shape: tuple[int, ...], level: int, geometry: ConvGeometry | None
-) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """What each patch receives for one exchange: the patches it comes from, and the number of elements."""
+    plan: Plan, exchange: Exchange
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...]]:
+    """What each patch receives for one exchange in a steady step: from which patches, how many elements and bytes."""
     parts = plan.mesh.patch
     sources: list[list[int]] = [[] for _ in range(parts)]
-    elements = [0] * parts
-    for message in traffic.messages(kind, shape, level, geometry, plan.partition.patches):
+    elements, sizes = [0] * parts, [0] * parts
+    for message in traffic.messages_of(exchange, plan.partition.patches):
         sources[message.reader].append(message.source)
         elements[message.reader] += message.elements
-    if kind is ExchangeKind.OUTPUT and plan.mesh.cfg == 2:
-        whole = shape[0] * shape[1] * plan.latent.area
+        sizes[message.reader] += traffic.message_bytes(exchange, message)
+    if exchange.kind is ExchangeKind.OUTPUT and plan.mesh.cfg == 2:
+        whole = exchange.shape[0] * exchange.shape[1] * plan.latent.area
         elements = [count + whole for count in elements]
-    return tuple(tuple(dict.fromkeys(found)) for found in sources), tuple(elements)
+        sizes = [size + whole * DTYPE_BYTES[exchange.dtype] for size in sizes]
+    return tuple(tuple(dict.fromkeys(found)) for found in sources), tuple(elements), tuple(sizes)
 
 
 def _bucketed(exchanges: tuple[Exchange, ...], layers_per_bucket: int) -> tuple[Exchange, ...]:
     """Put the exchanges that are read one step later into buckets of `layers_per_bucket`, in execution order."""
     placed, late = [], 0
     for exchange in exchanges:
-        if exchange.steady in SENDS_LATE:
+        if exchange.steady in READS_LATE:
             exchange = dataclasses.replace(exchange, bucket=late // layers_per_bucket)
             late += 1
         placed.append(exchange)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 
+from distri.core.codec import Codec
 from distri.errors import PolicyError
 
 
@@ -32,31 +33,43 @@ class Policy(str, Enum):
     """How one exchange is served at one step.
 
     FRESH: wait for this step's value. STALE: use the previous step's. CORRECTED: GroupNorm only, the previous step's
-    moments of the others with this rank's own change applied. FROZEN: the last warm-up step's value, nothing is sent.
-    LOCAL: no remote data at all.
+    moments of the others with this rank's own change applied. EXTRAPOLATED: halo and context only, carried forward to
+    this step from the last two versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no remote data.
     """
 
     FRESH = "fresh"
     STALE = "stale"
     CORRECTED = "corrected"
+    EXTRAPOLATED = "extrapolated"
     FROZEN = "frozen"
     LOCAL = "local"
 
 
+READS_LATE = (Policy.STALE, Policy.CORRECTED, Policy.EXTRAPOLATED)
+"""The policies whose values are sent a step ahead, behind computation."""
+
+
 @dataclass(frozen=True)
 class PolicyRule:
-    """One line of a table: the first rule that matches decides."""
+    """One line of a table: the first rule that matches decides. `codec` is how late values are written on the wire."""
 
     kind: ExchangeKind
     phase: Phase
     policy: Policy
     layers: str = "*"
+    codec: Codec = Codec.NONE
 
     def __post_init__(self) -> None:
         if self.policy is Policy.CORRECTED and self.kind is not ExchangeKind.MOMENTS:
             raise PolicyError(f"policy 'corrected' is for moments, not for {self.kind.value}")
         if self.phase is Phase.WARMUP and self.policy not in (Policy.FRESH, Policy.LOCAL):
             raise PolicyError(f"during warm-up an exchange is fresh or local, not {self.policy.value}")
+        if self.policy is Policy.EXTRAPOLATED and self.kind not in (ExchangeKind.HALO, ExchangeKind.CONTEXT):
+            raise PolicyError(f"policy 'extrapolated' is for halo and context, not for {self.kind.value}")
+        if self.codec is not Codec.NONE and (
+            self.kind not in (ExchangeKind.HALO, ExchangeKind.CONTEXT) or self.policy not in READS_LATE
+        ):
+            raise PolicyError(f"codec {self.codec.value!r} is for halo and context that are read one step late")
         if self.kind is ExchangeKind.OUTPUT and self.policy is not Policy.FRESH:
             raise PolicyError("the output is gathered fresh at every step")
 
@@ -68,42 +81,48 @@ class PolicyTable:
     name: str
     rules: tuple[PolicyRule, ...]
 
-    def policy(self, kind: ExchangeKind, phase: Phase, layer: str) -> Policy:
-        """The policy of one exchange of one layer.
+    def rule(self, kind: ExchangeKind, phase: Phase, layer: str) -> PolicyRule:
+        """The rule that decides one exchange of one layer.
 
         Raises:
             PolicyError: no rule decides it.
         """
         for rule in self.rules:
             if rule.kind is kind and rule.phase is phase and fnmatchcase(layer, rule.layers):
-                return rule.policy
+                return rule
         raise PolicyError(
             f"policy table {self.name!r} has no rule for {kind.value} of {layer} in {phase.value}"
         )
+
+    def policy(self, kind: ExchangeKind, phase: Phase, layer: str) -> Policy:
+        """The policy of one exchange of one layer; raises as `rule`."""
+        return self.rule(kind, phase, layer).policy
 
     def with_rules(self, rules: tuple[PolicyRule, ...]) -> PolicyTable:
         """This table with further rules that take precedence."""
         return PolicyTable(self.name if not rules else f"{self.name}+", (*rules, *self.rules))
 
 
-def uniform_table(name: str, warmup: Policy, halo: Policy, moments: Policy, context: Policy) -> PolicyTable:
-    """A table that treats every layer alike."""
+def uniform_table(
+    name: str, warmup: Policy, halo: Policy, moments: Policy, context: Policy, codec: Codec = Codec.NONE
+) -> PolicyTable:
+    """A table that treats every layer alike; `codec` is for halo and context."""
     steady = {ExchangeKind.HALO: halo, ExchangeKind.MOMENTS: moments, ExchangeKind.CONTEXT: context}
     rules = [PolicyRule(kind, Phase.WARMUP, warmup) for kind in steady]
-    rules += [PolicyRule(kind, Phase.STEADY, policy) for kind, policy in steady.items()]
+    for kind, policy in steady.items():
+        own_codec = Codec.NONE if kind is ExchangeKind.MOMENTS else codec
+        rules.append(PolicyRule(kind, Phase.STEADY, policy, codec=own_codec))
     rules += [PolicyRule(ExchangeKind.OUTPUT, phase, Policy.FRESH) for phase in Phase]
     return PolicyTable(name, tuple(rules))
 
 
+CODED = tuple(codec for codec in Codec if codec is not Codec.NONE)
+
+
 def builtin_tables() -> dict[str, PolicyTable]:
     """The tables that have a name: ours first, then the published modes."""
-    fresh, stale, corrected, local, frozen = (
-        Policy.FRESH,
-        Policy.STALE,
-        Policy.CORRECTED,
-        Policy.LOCAL,
-        Policy.FROZEN,
-    )
+    fresh, stale, corrected, local = Policy.FRESH, Policy.STALE, Policy.CORRECTED, Policy.LOCAL
+    frozen, ahead = Policy.FROZEN, Policy.EXTRAPOLATED
     tables = (
         uniform_table("corrected", fresh, stale, corrected, stale),
         uniform_table("stale", fresh, stale, stale, stale),
@@ -116,6 +135,9 @@ def builtin_tables() -> dict[str, PolicyTable]:
         uniform_table("full_sync", fresh, fresh, fresh, fresh),
         uniform_table("no_sync", fresh, frozen, frozen, frozen),
         uniform_table("naive_patch", local, local, local, local),
+        uniform_table("extrapolated", fresh, ahead, corrected, ahead),
+        *(uniform_table(codec.value, fresh, stale, corrected, stale, codec) for codec in CODED),
+        *(uniform_table(f"extrapolated_{codec.value}", fresh, ahead, corrected, ahead, codec) for codec in CODED),
     )
     return {table.name: table for table in tables}
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from distri.core.codec import Codec, payload_bytes
 from distri.core.ops.conv2d import ConvGeometry, halo_pieces
+from distri.core.plan import DTYPE_BYTES, Exchange
 from distri.core.policy import ExchangeKind
 from distri.core.shape import Rect
 
@@ -31,6 +33,34 @@ class Message:
     elements: int
     after: int | None = None
     rect: Rect | None = None
+
+
+def messages_of(exchange: Exchange, patches: tuple[Rect, ...]) -> tuple[Message, ...]:
+    """The messages of one of a plan's exchanges."""
+    return messages(exchange.kind, exchange.shape, exchange.level, exchange.geometry, patches)
+
+
+def message_bytes(exchange: Exchange, message: Message, coded: bool = True) -> int:
+    """Bytes of one message; `coded` False for warm-up, where values travel as they are."""
+    codec = exchange.codec if coded else Codec.NONE
+    return payload_bytes(codec, message.elements, num_channels(exchange), DTYPE_BYTES[exchange.dtype])
+
+
+def num_channels(exchange: Exchange) -> int:
+    """Channels that a codec scales one by one: those of every latent of the batch."""
+    shape = exchange.shape
+    return shape[1] * shape[2] if exchange.kind is ExchangeKind.CONTEXT else shape[0] * shape[1]
+
+
+def part_shapes(exchange: Exchange, patches: tuple[Rect, ...], reader: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what reaches a patch: of each halo piece in message order, or of every patch's share of a context."""
+    if exchange.kind is ExchangeKind.CONTEXT:
+        _, batch, channels = exchange.shape
+        return tuple((patch.at_level(exchange.level).area, batch, channels) for patch in patches)
+    if exchange.kind is ExchangeKind.MOMENTS:
+        return (exchange.shape,) * (len([m for m in messages_of(exchange, patches) if m.reader == reader]))
+    rects = [m.rect for m in messages_of(exchange, patches) if m.reader == reader]
+    return tuple((*exchange.shape[:2], rect.rows.size, rect.cols.size) for rect in rects if rect is not None)
 
 
 def messages(

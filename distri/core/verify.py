@@ -13,7 +13,6 @@ from distri.core.graph import LayerGraph
 from distri.core.partition import check_image_size
 from distri.core.plan import DTYPE_BYTES, SCHEMA_VERSION, Exchange, Plan
 from distri.core.planner import (
-    SENDS_LATE,
     list_exchanges,
     macs_per_device,
     plan_hash,
@@ -21,7 +20,7 @@ from distri.core.planner import (
     reception,
     reference_of,
 )
-from distri.core.policy import ExchangeKind, Phase
+from distri.core.policy import READS_LATE, ExchangeKind, Phase
 from distri.core.program import InstructionKind, is_published, step_program, travels_in_bucket
 from distri.errors import PartitionError, PlanError
 
@@ -127,11 +126,8 @@ def exchanges_are_ordered(plan: Plan) -> Iterator[str]:
 def policies_follow_table(plan: Plan) -> Iterator[str]:
     """Every exchange is served as the plan's own policy table says."""
     for e in plan.exchanges:
-        table = plan.policy
-        if (table.policy(e.kind, Phase.WARMUP, e.layer), table.policy(e.kind, Phase.STEADY, e.layer)) != (
-            e.warmup,
-            e.steady,
-        ):
+        warmup, steady = (plan.policy.rule(e.kind, phase, e.layer) for phase in (Phase.WARMUP, Phase.STEADY))
+        if (warmup.policy, steady.policy, steady.codec) != (e.warmup, e.steady, e.codec):
             yield f"{e.layer}: its policies differ from the plan's table"
 
 
@@ -164,7 +160,7 @@ def buckets_are_whole(plan: Plan) -> Iterator[str]:
     if numbers != sorted(numbers) or set(numbers) != set(range(plan.num_buckets)):
         yield "the buckets are not numbered in execution order"
     for exchange in plan.exchanges:
-        if (exchange.bucket is not None) != (exchange.steady in SENDS_LATE):
+        if (exchange.bucket is not None) != (exchange.steady in READS_LATE):
             yield f"{exchange.layer}: a bucket goes with a policy that reads one step late, and only with that"
 
 
@@ -174,14 +170,11 @@ def figures_follow(plan: Plan) -> Iterator[str]:
         if exchange.level < 1 or (exchange.geometry is None) != (exchange.kind is not ExchangeKind.HALO):
             yield f"{exchange.layer}: a halo has a convolution's geometry at a positive level, and only a halo has one"
             return
-        found = reception(plan, exchange.kind, exchange.shape, exchange.level, exchange.geometry)
-        if found != (exchange.peers, exchange.elements_received):
-            yield f"{exchange.layer}: peers or elements do not follow from the geometry"
-        size = DTYPE_BYTES.get(exchange.dtype)
-        if size is None:
+        if exchange.dtype not in DTYPE_BYTES:
             yield f"{exchange.layer}: unknown dtype {exchange.dtype!r}"
-        elif exchange.bytes_received != tuple(size * count for count in exchange.elements_received):
-            yield f"{exchange.layer}: bytes do not follow from elements and dtype"
+            return
+        if reception(plan, exchange) != (exchange.peers, exchange.elements_received, exchange.bytes_received):
+            yield f"{exchange.layer}: peers, elements or bytes do not follow from geometry, dtype and codec"
     if received_per_step(plan) != (plan.elements_received_per_step, plan.bytes_received_per_step):
         yield "the sums per step do not follow from the exchanges"
     if len(plan.macs_per_device) != plan.mesh.size:

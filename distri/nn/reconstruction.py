@@ -1,0 +1,142 @@
+"""What a reader makes of late values: decoded from their payloads, and carried forward to this step if so asked.
+
+`Reconstruction` stands between a rank's exchanger and its transport; every backend gets it. It keeps, for each
+exchange, what the transport's bare values do not say: the running sums of residual codecs, on both sides, and the
+version before the last, for first-order extrapolation.
+
+Shape suffixes as in `distri.core.exchanger`: contexts are tokens first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distri.core.codec import Codec, payload_bytes
+from distri.core.exchanger import Transport
+from distri.core.plan import Exchange, Plan
+from distri.core.policy import ExchangeKind, Policy
+from distri.core.program import travels_in_bucket
+from distri.core.traffic import part_shapes
+from distri.nn.codec import channels_last, decode, encode, restore
+
+
+class Reconstruction:
+    """A transport that codes late values on their way out and rebuilds them on their way in."""
+
+    def __init__(self, plan: Plan, rank: int, inner: Transport[Tensor]) -> None:
+        self._plan = plan
+        self._patch = plan.mesh.patch_of(rank)
+        self._inner = inner
+        self._sent: dict[str, list[Tensor]] = {}
+        self._rebuilt: dict[str, dict[int, list[Tensor]]] = {}
+
+    def begin_image(self) -> None:
+        """Forget all running sums."""
+        self._sent.clear()
+        self._rebuilt.clear()
+        self._inner.begin_image()
+
+    def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
+        """Send parts, coded if they travel late."""
+        if exchange.codec is Codec.NONE:
+            self._inner.send(exchange, version, parts, bucket)
+        elif not self._is_coded(exchange, version):
+            self._sent[exchange.layer] = [channels_last(part).float().clone() for part in parts]
+            self._inner.send(exchange, version, parts, bucket)
+        else:
+            self._inner.send(exchange, version, self._encoded(exchange, parts), bucket)
+
+    def _is_coded(self, exchange: Exchange, version: int) -> bool:
+        return exchange.codec is not Codec.NONE and travels_in_bucket(self._plan, exchange, version) is not None
+
+    def _encoded(self, exchange: Exchange, parts: Sequence[Tensor]) -> list[Tensor]:
+        codec = exchange.codec
+        values = [channels_last(part).float() for part in parts]
+        if not codec.is_residual:
+            return [encode(codec, value_KV) for value_KV in values]
+        payloads = []
+        for known_KV, value_KV in zip(self._sent[exchange.layer], values, strict=True):
+            payload = encode(codec, value_KV - known_KV)
+            known_KV += decode(codec, payload, *value_KV.shape)
+            payloads.append(payload)
+        return payloads
+
+    def receive(self, exchange: Exchange, version: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The others' values as the layer is to use them."""
+        extrapolated = exchange.steady is Policy.EXTRAPOLATED
+        if exchange.codec is Codec.NONE and not extrapolated:
+            return self._inner.receive(exchange, version, own)
+        held = self._rebuilt.setdefault(exchange.layer, {})
+        is_late = version in held or version >= self._plan.warmup_steps
+        if version not in held:
+            held[version] = self._rebuild(exchange, version, own, held.get(version - 1))
+            for old in sorted(held)[:-2]:
+                del held[old]
+        values, before = held[version], held.get(version - 1)
+        if extrapolated and is_late and before is not None:
+            values = [value + (value - earlier) for value, earlier in zip(values, before, strict=True)]
+        return self._with_own(exchange, values, own)
+
+    def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
+        """Outputs are never coded."""
+        return self._inner.gather(exchange, version, own)
+
+    def _rebuild(
+        self, exchange: Exchange, version: int, own: Sequence[Tensor], known: Sequence[Tensor] | None
+    ) -> list[Tensor]:
+        """The others' values of one version: pieces in message order, or shares of the context in patch order."""
+        is_coded = self._is_coded(exchange, version)
+        sent = own if not is_coded else self._placeholder(exchange, own)
+        arrived = list(self._inner.receive(exchange, version, sent))
+        shapes = part_shapes(exchange, self._plan.partition.patches, self._patch)
+        if exchange.kind is ExchangeKind.CONTEXT:
+            arrived = _shares(arrived[0], self._wire_lengths(exchange, shapes, is_coded))
+        if not is_coded:
+            return arrived
+        rebuilt = []
+        for place, (payload, shape) in enumerate(zip(arrived, shapes, strict=True)):
+            if exchange.kind is ExchangeKind.CONTEXT and place == self._patch:
+                rebuilt.append(own[0])
+                continue
+            channels, count = channels_of(shape)
+            values_KV = decode(exchange.codec, payload, channels, count)
+            if exchange.codec.is_residual:
+                assert known is not None, f"{exchange.layer}: a change arrived before what it changes"
+                values_KV = values_KV + channels_last(known[place]).float()
+            rebuilt.append(restore(values_KV, torch.Size(shape)).to(own[0].dtype if own else torch.float32))
+        return rebuilt
+
+    def _placeholder(self, exchange: Exchange, own: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What stands for this rank's own share among the payloads of a context; its value is never read."""
+        if exchange.kind is not ExchangeKind.CONTEXT:
+            return own
+        channels, count = channels_of(tuple(own[0].shape))
+        return [own[0].new_zeros(_payload_length(exchange, channels, count), dtype=torch.uint8)]
+
+    def _wire_lengths(self, exchange: Exchange, shapes: Sequence[tuple[int, ...]], is_coded: bool) -> list[int]:
+        if not is_coded:
+            return [shape[0] for shape in shapes]
+        return [_payload_length(exchange, *channels_of(shape)) for shape in shapes]
+
+    def _with_own(self, exchange: Exchange, values: Sequence[Tensor], own: Sequence[Tensor]) -> Sequence[Tensor]:
+        if exchange.kind is not ExchangeKind.CONTEXT:
+            return values
+        return [torch.cat([own[0] if patch == self._patch else value for patch, value in enumerate(values)])]
+
+
+def channels_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(channels, values a channel) of a part of this shape."""
+    if len(shape) == 4:
+        return shape[0] * shape[1], shape[2] * shape[3]
+    return shape[1] * shape[2], shape[0]
+
+
+def _payload_length(exchange: Exchange, channels: int, count: int) -> int:
+    return payload_bytes(exchange.codec, channels * count, channels, 0)
+
+
+def _shares(whole: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    return list(whole.split(list(lengths)))
