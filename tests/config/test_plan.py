@@ -25,7 +25,9 @@ def plan_for(request: PlanRequest) -> Plan:
 
 REQUESTS = [PlanRequest(IMAGE, 3, policy=policy_table(name)) for name in builtin_tables()]
 REQUESTS += [PlanRequest(IMAGE, ranks, axis=axis) for ranks in (1, 4) for axis in SplitAxis]
-REQUESTS += [PlanRequest(ImageRequest(520, 264, 9, False), 3, weights=(Fraction(3), Fraction(1, 3), Fraction(2)))]
+REQUESTS += [
+    PlanRequest(ImageRequest(520, 264, 9, False), 3, weights=(Fraction(3), Fraction(1, 3), Fraction(2)))
+]
 RULE = PolicyRule(ExchangeKind.CONTEXT, Phase.STEADY, Policy.LOCAL, "mid_block.*")
 REQUESTS += [PlanRequest(IMAGE, 2, False, policy_table("corrected").with_rules((RULE,)))]
 

@@ -74,7 +74,9 @@ def test_a_layer_out_of_order_is_named_with_what_the_plan_has_next(demo: LayerGr
     exchanger = Exchanger(plan, 2, Notebook())
     exchanger.begin_step()
     first, second = layers_of(plan)[:2]
-    with pytest.raises(ScheduleMismatchError, match=f"rank 2, step 0: {second} ran where the plan has {first}"):
+    with pytest.raises(
+        ScheduleMismatchError, match=f"rank 2, step 0: {second} ran where the plan has {first}"
+    ):
         exchanger.publish(second, ["own"])
 
 

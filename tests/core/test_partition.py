@@ -1,5 +1,6 @@
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -44,7 +45,7 @@ def test_weighted_bands_tile_and_differ_from_their_share_by_little(
     bands = split_band(size, weights, Grain(alignment, "deep"), "rows")
     assert bands[0].start == 0
     assert bands[-1].stop == size
-    assert all(a.stop == b.start for a, b in zip(bands, bands[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(bands))
     for band, weight in zip(bands, weights, strict=True):
         share = weight * units / sum(weights)
         count = ceil_div(band.size, alignment)
@@ -74,8 +75,8 @@ def test_a_grid_has_all_patches_and_no_more_columns_than_rows(parts: int) -> Non
 
 def test_too_many_patches_are_refused_naming_layer_dimension_sizes_and_ranks() -> None:
     sentence = re.escape(
-        "768 pixel rows do not split into 13 patches: mid_block needs rows in multiples of 64 pixels, which leaves 12 of "
-        "them; use at most 12 patches, or a height of at least 832"
+        "768 pixel rows do not split into 13 patches: mid_block needs rows in multiples of 64 pixels, "
+        "which leaves 12 of them; use at most 12 patches, or a height of at least 832"
     )
     with pytest.raises(PartitionError, match=sentence):
         make_partition(96, 96, 13, SplitAxis.ROWS, Grain(8, "mid_block"))
@@ -107,7 +108,9 @@ def test_a_grid_must_have_as_many_patches_as_asked_for() -> None:
         make_partition(64, 64, 6, SplitAxis.GRID, Grain(4, "deep"), grid=(2, 2))
 
 
-@pytest.mark.parametrize(("height", "near"), [(1000 + 4, "use 1000 or 1008"), (0, "use 8 or 16"), (-8, "use 8 or 16")])
+@pytest.mark.parametrize(
+    ("height", "near"), [(1000 + 4, "use 1000 or 1008"), (0, "use 8 or 16"), (-8, "use 8 or 16")]
+)
 def test_an_image_that_the_vae_cannot_make_is_refused_with_the_nearest_sizes(height: int, near: str) -> None:
     with pytest.raises(PartitionError, match=near):
         check_image_size(height, 512, Grain(4, "deep"))

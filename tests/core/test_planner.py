@@ -61,7 +61,9 @@ CASES += [(axis.value, "corrected", ranks) for axis in SplitAxis for ranks in (1
 @pytest.mark.parametrize(("split", "name", "ranks"), CASES)
 def test_every_plan_that_is_made_can_be_trusted(demo: LayerGraph, ranks: int, split: str, name: str) -> None:
     axis = SplitAxis(split)
-    plan = make_plan(PlanRequest(ImageRequest(512, 384, 12), ranks, policy=policy_table(name), axis=axis), demo)
+    plan = make_plan(
+        PlanRequest(ImageRequest(512, 384, 12), ranks, policy=policy_table(name), axis=axis), demo
+    )
     verify(plan, demo)
 
 
@@ -116,12 +118,13 @@ def test_warmup_is_at_most_the_whole_run(demo: LayerGraph) -> None:
         ({"cfg_split": True, "image": ImageRequest(512, 512, 9, guidance=False)}, "guidance is off"),
         ({"image": ImageRequest(512, 512, 0)}, "at least 1 denoising step is needed, not 0"),
         ({"warmup_steps": -1}, "the number of warm-up steps cannot be negative: -1"),
-        ({"warmup_steps": 0, "cfg_split": False}, "'corrected' reads the previous step, which step 0 does not have"),
+        (
+            {"warmup_steps": 0, "cfg_split": False},
+            "'corrected' reads the previous step, which step 0 does not have",
+        ),
     ],
 )
-def test_impossible_requests_are_refused(
-    demo: LayerGraph, change: dict[str, object], sentence: str
-) -> None:
+def test_impossible_requests_are_refused(demo: LayerGraph, change: dict[str, object], sentence: str) -> None:
     wanted = {"image": ImageRequest(512, 512, 25), "num_ranks": 2, **change}
     with pytest.raises(PlanError, match=sentence):
         make_plan(PlanRequest(**wanted), demo)

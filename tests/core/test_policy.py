@@ -42,7 +42,12 @@ def test_an_undecided_exchange_is_refused() -> None:
     ("kind", "phase", "policy", "sentence"),
     [
         (ExchangeKind.HALO, Phase.STEADY, Policy.CORRECTED, "'corrected' is for moments, not for halo"),
-        (ExchangeKind.HALO, Phase.WARMUP, Policy.STALE, "during warm-up an exchange is fresh or local, not stale"),
+        (
+            ExchangeKind.HALO,
+            Phase.WARMUP,
+            Policy.STALE,
+            "during warm-up an exchange is fresh or local, not stale",
+        ),
         (ExchangeKind.OUTPUT, Phase.STEADY, Policy.STALE, "the output is gathered fresh at every step"),
     ],
 )

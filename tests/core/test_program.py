@@ -13,14 +13,18 @@ STEPS, WARMUP = 6, 2
 
 def plans(graph: LayerGraph) -> Iterator[Plan]:
     for name in builtin_tables():
-        request = PlanRequest(ImageRequest(512, 512, STEPS), 3, policy=policy_table(name), warmup_steps=WARMUP)
+        request = PlanRequest(
+            ImageRequest(512, 512, STEPS), 3, policy=policy_table(name), warmup_steps=WARMUP
+        )
         yield make_plan(request, graph)
 
 
 def test_every_operation_is_computed_once_and_in_order(demo: LayerGraph) -> None:
     for plan in plans(demo):
         for step in range(STEPS):
-            ranges = [(i.first, i.last) for i in step_program(plan, step) if i.kind is InstructionKind.COMPUTE]
+            ranges = [
+                (i.first, i.last) for i in step_program(plan, step) if i.kind is InstructionKind.COMPUTE
+            ]
             assert [op for first, last in ranges for op in range(first, last)] == list(range(len(demo)))
 
 

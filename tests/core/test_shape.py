@@ -23,7 +23,9 @@ def test_intersection_is_what_both_contain(a: tuple[int, int], b: tuple[int, int
 
 
 @given(rows=SIZES, cols=SIZES, level=LEVELS, batch=st.integers(1, 4))
-def test_symbols_evaluate_to_the_rectangle_at_their_level(rows: int, cols: int, level: int, batch: int) -> None:
+def test_symbols_evaluate_to_the_rectangle_at_their_level(
+    rows: int, cols: int, level: int, batch: int
+) -> None:
     extent = Extent(batch, 77, full_rect(rows, cols))
     shape = ("B", f"{batch}*B", "T", 5, f"H/{level}", f"W/{level}", f"HW/{level}")
     high, wide = -(-rows // level), -(-cols // level)

@@ -35,7 +35,9 @@ def test_the_first_step_has_no_previous_one(policy: Policy) -> None:
 
 
 @given(num_steps=st.integers(1, 12), warmup=st.integers(1, 12), steady=STEADY)
-def test_readers_of_a_version_are_the_steps_that_require_it(num_steps: int, warmup: int, steady: Policy) -> None:
+def test_readers_of_a_version_are_the_steps_that_require_it(
+    num_steps: int, warmup: int, steady: Policy
+) -> None:
     policies = (Policy.FRESH, steady)
     read: dict[int, list[int]] = {version: [] for version in range(num_steps)}
     for step in range(num_steps):

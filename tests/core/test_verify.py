@@ -1,6 +1,7 @@
 """Every rule catches the edit that it is there for, also when the hash was computed again."""
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def edited(plan: Plan, chosen: ExchangeKind, **changes: Any) -> Plan:
 
 def bands(*borders: int) -> Partition:
     cols = Band(0, 64)
-    rows = zip(borders, borders[1:], strict=False)
+    rows = pairwise(borders)
     return Partition(SplitAxis.ROWS, tuple(Rect(Band(*band), cols) for band in rows))
 
 
@@ -46,14 +47,21 @@ def test_a_plan_as_made_is_trusted(plan: Plan, demo: LayerGraph) -> None:
 
 @pytest.mark.parametrize("field", ["warmup_steps", "macs_per_device", "dtype", "pattern"])
 def test_an_edit_without_a_new_hash_is_found_by_the_hash(plan: Plan, field: str) -> None:
-    other: dict[str, Any] = {"warmup_steps": 4, "macs_per_device": (1, 1, 1, 1), "dtype": "float32", "pattern": "x"}
+    other: dict[str, Any] = {
+        "warmup_steps": 4,
+        "macs_per_device": (1, 1, 1, 1),
+        "dtype": "float32",
+        "pattern": "x",
+    }
     with pytest.raises(PlanError, match="it was edited; make it again with 'distri plan'"):
         verify(dataclasses.replace(plan, **{field: other[field]}))
 
 
 def test_another_schema_is_refused(plan: Plan) -> None:
     newer = plan.schema_version + 1
-    with pytest.raises(PlanError, match=f"reads plans of schema {plan.schema_version}; this one is of schema {newer}"):
+    with pytest.raises(
+        PlanError, match=f"reads plans of schema {plan.schema_version}; this one is of schema {newer}"
+    ):
         verify(resealed(plan, schema_version=newer))
 
 
@@ -121,7 +129,9 @@ def test_a_read_that_nobody_publishes_is_found(plan: Plan) -> None:
 
 
 def test_a_plan_for_another_model_is_refused(plan: Plan, sdxl: LayerGraph) -> None:
-    with pytest.raises(PlanError, match=r"the plan is for model 'demo' \(\w{16}\), not for 'sdxl' \(\w{16}\)"):
+    with pytest.raises(
+        PlanError, match=r"the plan is for model 'demo' \(\w{16}\), not for 'sdxl' \(\w{16}\)"
+    ):
         verify(plan, sdxl)
 
 

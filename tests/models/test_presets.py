@@ -64,7 +64,9 @@ def test_presets_are_read_without_torch_or_diffusers() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_directory_is_captured_once_and_then_remembered(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_is_captured_once_and_then_remembered(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load_graph(str(pipeline))
     assert first == dataclasses.replace(capture_unet("x", SMALL), name=str(pipeline))
     monkeypatch.setattr("distri.models.unet.capture_unet", _never)
@@ -112,7 +114,9 @@ def test_the_vae_beside_the_unet_decides_the_pixels(pipeline: Path) -> None:
 
 
 def test_an_unknown_model_is_refused_naming_the_presets() -> None:
-    with pytest.raises(ModelError, match=r"unknown model 'sd9': neither a preset \(sdxl, demo\) nor a directory"):
+    with pytest.raises(
+        ModelError, match=r"unknown model 'sd9': neither a preset \(sdxl, demo\) nor a directory"
+    ):
         load_graph("sd9")
 
 
@@ -121,7 +125,10 @@ def test_an_unknown_model_is_refused_naming_the_presets() -> None:
     [
         ("{", "not JSON"),
         ("[]", "a JSON object is required"),
-        ('{"_class_name": "FluxTransformer2DModel"}', "a UNet2DConditionModel is required, not FluxTransformer2DModel"),
+        (
+            '{"_class_name": "FluxTransformer2DModel"}',
+            "a UNet2DConditionModel is required, not FluxTransformer2DModel",
+        ),
         (json.dumps({**SMALL, "norm_num_groups": 7}), "not a usable UNet config"),
     ],
 )
