@@ -95,7 +95,7 @@ class Reconstruction:
         if exchange.kind is ExchangeKind.CONTEXT:
             arrived = _shares(arrived[0], self._wire_lengths(exchange, shapes, is_coded))
         if not is_coded:
-            return arrived
+            return [part.clone() for part in arrived]  # a backend may use its buffers again
         rebuilt = []
         for place, (payload, shape) in enumerate(zip(arrived, shapes, strict=True)):
             if exchange.kind is ExchangeKind.CONTEXT and place == self._patch:
