@@ -31,6 +31,10 @@ class HardwareError(UserError):
     """A hardware file is malformed or contradicts itself."""
 
 
+class ProfileError(UserError):
+    """A profile is malformed, or holds what no device measures."""
+
+
 class ModelError(UserError):
     """A model is unknown, unreadable or of a kind that distri cannot split."""
 

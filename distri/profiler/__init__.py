@@ -1,0 +1,1 @@
+"""Measure the machine at hand: layer times for the simulator (`measure`), links between ranks (`links`)."""

@@ -1,0 +1,232 @@
+"""The link probe: what messages between ranks cost here, through the same lanes and wires that a run uses.
+
+Rank 0 meets every other rank in turn. Half a round trip of messages of growing size gives `alpha + S / beta`; both ways
+at once says whether the two directions share the link; a small message through a lane, awaited, says what handing over
+costs; and a computation timed with and without traffic beside it says by how much it slows down.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distri.backends.torch_distributed.alarm import Alarm
+from distri.backends.torch_distributed.lane import StreamTicket, open_lane
+from distri.backends.torch_distributed.wire import Addressed, Wire
+
+SIZES = (64, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)
+LONGEST_ROUND_S = 1.0
+ROUNDS = 7
+HALF_DUPLEX_FROM = 1.5
+TIMEOUT_S = 60.0
+BESIDE_S = 1.0
+
+
+@dataclass(frozen=True)
+class LinkReading:
+    """One pair of ranks: `alpha_s + size / bytes_per_s` a message, and how well that fits.
+
+    lane_s: what a message costs beyond that if it is handed to a lane and awaited. slowdown: of a computation beside
+    traffic, as a share of its time. points: (bytes, seconds).
+    """
+
+    first: int
+    second: int
+    alpha_s: float
+    bytes_per_s: float
+    mean_error: float
+    lane_s: float
+    is_half_duplex: bool
+    slowdown: float
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class LinkProbe:
+    """All readings, and what they were taken on."""
+
+    num_ranks: int
+    library: str
+    readings: tuple[LinkReading, ...]
+
+
+def probe_links(num_ranks: int) -> LinkProbe:
+    """Start `num_ranks` ranks here (or be one of those that torchrun started) and probe their links.
+
+    Raises:
+        RunError: a rank failed.
+    """
+    from distri.launch import run_ranks
+
+    body = run_ranks(num_ranks, "distri.profiler.links:probe_as_rank", {"num_ranks": num_ranks})
+    readings = tuple(
+        LinkReading(**{**reading, "points": tuple((size, spent) for size, spent in reading["points"])})
+        for reading in body["readings"]
+    )
+    return LinkProbe(body["num_ranks"], body["library"], readings)
+
+
+def probe_as_rank(arguments: Mapping[str, Any], report: Callable[[Any], None]) -> dict[str, Any]:
+    """One rank's part: plain JSON values, complete on rank 0."""
+    device = _device()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    readings = []
+    for other in range(1, size):
+        group = dist.new_group([0, other], timeout=timedelta(seconds=TIMEOUT_S))
+        dist.barrier()
+        if rank in (0, other):
+            wire = Wire(group, (0, other), TIMEOUT_S, is_batched=device.type == "cuda")
+            readings.append(asdict(_Pair(wire, rank == 0, other, device).read()))
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"num_ranks": size, "library": "nccl" if device.type == "cuda" else "gloo", "readings": readings}
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+class _Pair:
+    """Rank 0 and one other: both run the same program; only rank 0's clock counts."""
+
+    def __init__(self, wire: Wire, is_first: bool, other: int, device: torch.device) -> None:
+        self._wire = wire
+        self._is_first = is_first
+        self._peer = 1 if is_first else 0
+        self._other = other
+        self._device = device
+        self._lane = open_lane("distri-probe", device, Alarm())
+
+    def read(self) -> LinkReading:
+        """All measurements of the pair."""
+        points = []
+        for size in SIZES:
+            seconds = self._half_round_trip(size)
+            points.append((size, seconds))
+            if self._agree(seconds > LONGEST_ROUND_S / 4):
+                break
+        alpha_s, bytes_per_s, error = fit_line(points)
+        largest = points[-1][0]
+        both_s = self._both_ways(largest)
+        lane_s = max(0.0, self._through_lane(SIZES[0]) - points[0][1])
+        slowdown = self._slowdown(min(largest, 1048576))
+        self._lane.close()
+        is_half = both_s > HALF_DUPLEX_FROM * points[-1][1]
+        return LinkReading(
+            0, self._other, alpha_s, bytes_per_s, error, lane_s, is_half, slowdown, tuple(points)
+        )
+
+    def _buffers(self, size: int) -> tuple[list[Addressed], list[Addressed]]:
+        data = torch.zeros(2, size, dtype=torch.uint8, device=self._device)
+        return [(data[0], self._peer)], [(data[1], self._peer)]
+
+    def _half_round_trip(self, size: int) -> float:
+        sends, receives = self._buffers(size)
+
+        def there_and_back() -> None:
+            there: tuple[list[Addressed], list[Addressed]] = (sends, [])
+            back: tuple[list[Addressed], list[Addressed]] = ([], receives)
+            for out, into in (there, back) if self._is_first else (back, there):
+                self._wire.exchange(out, into)
+
+        return self._median(there_and_back) / 2
+
+    def _both_ways(self, size: int) -> float:
+        sends, receives = self._buffers(size)
+        return self._median(lambda: self._wire.exchange(sends, receives))
+
+    def _through_lane(self, size: int) -> float:
+        sends, receives = self._buffers(size)
+
+        def awaited() -> None:
+            ticket = self._lane.submit(lambda: self._wire.exchange(sends, receives))
+            ticket.wait()
+            if isinstance(ticket, StreamTicket):
+                torch.cuda.synchronize(self._device)
+
+        return self._median(awaited)
+
+    def _slowdown(self, size: int) -> float:
+        """By how much a computation slows down beside traffic in both directions; on a CPU only."""
+        if self._device.type == "cuda":
+            return 0.0
+        a = torch.randn(128, 128)
+        alone_s = _time_per_product(a)
+        sends, receives = self._buffers(size)
+        start = time.perf_counter()
+        self._wire.exchange(sends, receives)
+        count = max(2, round(BESIDE_S / max(self._shared_maximum(time.perf_counter() - start), 1e-4)))
+        tickets = [self._lane.submit(lambda: self._wire.exchange(sends, receives)) for _ in range(count)]
+        beside_s = _time_per_product(a, until=lambda: tickets[-1].is_done)
+        tickets[-1].wait()
+        return max(0.0, beside_s / alone_s - 1)
+
+    def _median(self, call: Callable[[], None]) -> float:
+        readings = []
+        for number in range(ROUNDS + 1):
+            start = time.perf_counter()
+            call()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            spent = time.perf_counter() - start
+            if number:
+                readings.append(spent)
+            if self._agree(number >= 2 and spent > LONGEST_ROUND_S):
+                break
+        return statistics.median(readings)
+
+    def _agree(self, first_says: bool) -> bool:
+        """What rank 0 says, on both sides."""
+        flag = torch.tensor([int(first_says)], device=self._device)
+        self._tell(flag)
+        return bool(flag.item())
+
+    def _shared_maximum(self, seconds: float) -> float:
+        value = torch.tensor([seconds], device=self._device)
+        self._tell(value)
+        return float(value.item())
+
+    def _tell(self, value: Tensor) -> None:
+        if self._is_first:
+            self._wire.exchange([(value, self._peer)], [])
+        else:
+            self._wire.exchange([], [(value, self._peer)])
+
+
+def _time_per_product(a: Tensor, until: Callable[[], bool] | None = None) -> float:
+    """Mean seconds of a small matrix product, for `BESIDE_S` or until something is over."""
+    count, start = 0, time.perf_counter()
+    while count < 10 or (not until() if until is not None else time.perf_counter() - start < BESIDE_S / 4):
+        for _ in range(10):
+            a @ a
+        count += 10
+    return (time.perf_counter() - start) / count
+
+
+def fit_line(points: list[tuple[int, float]]) -> tuple[float, float, float]:
+    """alpha, beta and the mean relative error of `alpha + size / beta`, by least squares of relative errors.
+
+    >>> fit_line([(0, 1.0), (100, 2.0), (300, 4.0)])
+    (1.0, 100.0, 0.0)
+    """
+    rows = torch.tensor([[1 / seconds, size / seconds] for size, seconds in points], dtype=torch.float64)
+    ones = torch.ones(len(points), 1, dtype=torch.float64)
+    solution = torch.linalg.lstsq(rows, ones).solution.flatten()
+    alpha, per_byte = max(float(solution[0]), 1e-7), max(float(solution[1]), 1e-13)
+    errors = [abs((alpha + size * per_byte) / seconds - 1) for size, seconds in points]
+    return round(alpha, 9), float(f"{1 / per_byte:.9g}"), round(statistics.fmean(errors), 6)
