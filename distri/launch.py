@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -252,17 +253,36 @@ def _raise_cause(ranks: Sequence[_Rank], timeout_s: float) -> None:
     """Raise the failure that the others follow from, if there is any."""
     failures = [rank.failure for rank in ranks if rank.failure is not None]
     causes = [failure for failure in failures if failure[0] != CONSEQUENCE]
+    echoes = [text for kind, text in failures if kind == CONSEQUENCE]
     if causes:
         kind, message = causes[0]
-        met = next((text for other, text in failures if other == CONSEQUENCE and kind == "RunError"), None)
-        if met is not None and "step" not in message:
-            message = f"{message}; met by {met}"
-        raise _error_class(kind)(message)
-    if failures:
-        raise RunError(failures[0][1])
+        raise _error_class(kind)(
+            message if issubclass(_error_class(kind), UserError) else _placed(message, echoes)
+        )
+    if echoes:
+        raise RunError(_nearest(echoes, [rank.rank for rank in ranks if rank.failure is not None]))
     late = [rank.who for rank in ranks if not rank.has_result]
     if late:
         raise RunError(f"{', '.join(late)}: not finished {timeout_s:g} s after rank 0")
+
+
+def _placed(message: str, echoes: Sequence[str]) -> str:
+    """A cause with its step and layer, as far as the ranks that met it know."""
+    who = message.partition(": ")[0]
+    if f"{who}: step" in message or not echoes:
+        return message
+    told = next((echo[echo.index(f"{who}: step") :] for echo in echoes if f"{who}: step" in echo), None)
+    return told if told is not None else f"{message}; met by {echoes[0]}"
+
+
+def _nearest(echoes: Sequence[str], speaking: Sequence[int]) -> str:
+    """If all is silence: the sentence of a rank that waited for one that says nothing itself."""
+    silent = (
+        echo
+        for echo in echoes
+        if (lost := re.search(r"lost rank (\d+)", echo)) and int(lost[1]) not in speaking
+    )
+    return next(silent, echoes[0])
 
 
 def _error_class(name: str) -> type[DistriError]:

@@ -23,18 +23,26 @@ def check_identities(store: Store, rank: int, size: int, identity: dict[str, str
     `identity` has "who", which names the rank, and any number of entries that must be equal.
 
     Raises:
-        RunError: the first rank and entry that differ.
+        RunError: the first rank that did not come, or that differs, and in which entry.
     """
     store.set(f"identity/{rank}", json.dumps(identity))
-    first: dict[str, str] = json.loads(store.get("identity/0"))
+    first = _identity(store, 0)
     for other in range(1, size):
-        theirs: dict[str, str] = json.loads(store.get(f"identity/{other}"))
+        theirs = _identity(store, other)
         for entry in first:
             if entry != "who" and theirs.get(entry) != first[entry]:
                 raise RunError(
                     f"the ranks do not agree on the {entry}: {first['who']} has {first[entry]}, "
                     f"{theirs['who']} has {theirs.get(entry)}; start all ranks with the same"
                 )
+
+
+def _identity(store: Store, rank: int) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(store.get(f"identity/{rank}"))
+    except RuntimeError as error:
+        raise RunError(f"rank {rank} did not come") from error
+    return found
 
 
 def encode(value: Any) -> tuple[str, list[Tensor]]:

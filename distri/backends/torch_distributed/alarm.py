@@ -7,6 +7,7 @@ value that will never come stops within a second and can name the culprit. Invar
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 
@@ -86,13 +87,12 @@ class StoreWatch:
                 if self._store.check([KEY]):
                     self._alarm.ring(self._store.get(KEY).decode())
                     return
-        except RuntimeError as error:
-            self._alarm.ring(
-                f"the rendezvous store is gone: rank 0 or its launcher stopped ({first_line(error)})"
-            )
+        except RuntimeError:
+            self._alarm.ring("the rendezvous store is gone: rank 0 or its launcher stopped")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    """The first line of an error's message, or its class; without gloo's source lines and advice."""
+    lines = str(error).strip().splitlines()
+    text = re.sub(r"^\[\S+:\d+\] ", "", lines[0]) if lines else type(error).__name__
+    return text.partition(". This is typically caused")[0]

@@ -27,6 +27,7 @@ from distri.core.plan import Plan
 from distri.errors import RunError, UserError
 
 CLOSE_LIMIT_S = 5.0
+HEAD_BYTES = 4096
 
 
 class TorchBackend:
@@ -86,7 +87,7 @@ class TorchBackend:
                 text, tensors = encode(value)
             except RunError as error:
                 text = f"!{error}"
-        text = bytes(self._from_rank_0(self._announced(text)).tolist()).decode()
+        text = self._text_from_rank_0(text)
         if text.startswith("!"):
             raise RunError(text[1:])
         with torch.inference_mode(False):  # the lane writes them outside of inference mode
@@ -150,7 +151,7 @@ class TorchBackend:
     def _identity(self) -> dict[str, str]:
         return {
             "who": self.who,
-            "plan": self.plan.hash,
+            "plan": self.plan.hash[:16],
             "version of distri": distri.__version__,
             "version of torch": str(torch.__version__),
             "kind of device": self.device.type,
@@ -188,14 +189,22 @@ class TorchBackend:
         assert group is not None
         return Wire(group, ranks, self.timeout_s, is_batched=self.device.type == "cuda")
 
-    def _announced(self, text: str) -> Tensor:
-        """A buffer for rank 0's text, on all ranks of its length; filled on rank 0."""
+    def _text_from_rank_0(self, text: str) -> str:
+        """Rank 0's text: its length and its beginning in one message, the rest, if any, in a second."""
         raw = text.encode()
-        length = torch.tensor([len(raw)], dtype=torch.int64, device=self.device)
-        self._from_rank_0(length)
-        if self.rank == 0:
-            return torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(self.device)
-        return torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
+        head = (len(raw).to_bytes(8, "little") + raw)[:HEAD_BYTES].ljust(HEAD_BYTES, b"\0")
+        head = self._bytes_from_rank_0(head)
+        length = int.from_bytes(head[:8], "little")
+        room = HEAD_BYTES - 8
+        if length <= room:
+            return head[8 : 8 + length].decode()
+        rest = raw[room:] if self.rank == 0 else bytes(length - room)
+        return (head[8:] + self._bytes_from_rank_0(rest)).decode()
+
+    def _bytes_from_rank_0(self, raw: bytes) -> bytes:
+        with torch.inference_mode(False):
+            buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(self.device)
+        return self._from_rank_0(buffer).cpu().numpy().tobytes()
 
     def _from_rank_0(self, tensor: Tensor) -> Tensor:
         """Fill `tensor` with rank 0's, on the urgent lane and so in order with everything else."""

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from distri.core.plan import Exchange, Plan
-from distri.core.policy import ExchangeKind, Phase, Policy
+from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy
 from distri.core.program import is_published, travels_in_bucket
 from distri.core.traffic import Message, messages
-
-LATE = (Policy.STALE, Policy.CORRECTED)
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def _is_served(plan: Plan, exchange: Exchange) -> bool:
 
 
 def _route(plan: Plan, patch: int, exchange: Exchange) -> Route:
-    depth = 2 if exchange.steady in LATE else 1
+    depth = 2 if exchange.steady in READS_LATE else 1
     if exchange.kind is ExchangeKind.MOMENTS:
         return Route(exchange, depth)
     if exchange.kind is ExchangeKind.CONTEXT:

@@ -244,10 +244,9 @@ class TorchTransport:
         started = time.perf_counter()
         try:
             ticket.wait()
-        except LostPeerError as error:
-            raise LostPeerError(f"{self.who}: step {self._step}, {what}: {error}") from error
         except RunError as error:
             cause = self._links.alarm.settled() or str(error)
+            self._links.alarm.ring(cause)  # from here on, whoever waits for anything stops
             raise LostPeerError(f"{self.who}: step {self._step}, {what}: {cause}") from error
         self.stats.waited_s += time.perf_counter() - started
         self.stats.num_waits += 1

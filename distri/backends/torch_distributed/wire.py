@@ -88,7 +88,13 @@ class Wire:
                 peer = other
                 work.wait(self._timeout)
         except RuntimeError as error:
-            raise LinkError(f"lost rank {self._ranks[peer]}: {first_line(error)}") from error
+            raise LinkError(f"lost rank {self._ranks[peer]}: {self._plainly(error)}") from error
+
+    def _plainly(self, error: RuntimeError) -> str:
+        text = first_line(error)
+        if "Timed out" in text:
+            return f"nothing came from it within {self._timeout.total_seconds():g} s"
+        return "it closed the connection" if "closed by peer" in text or "reset by peer" in text else text
 
     def _exchange_batched(self, sends: list[Addressed], receives: list[Addressed]) -> None:
         operations = [dist.P2POp(dist.isend, t, self._ranks[peer], self._group) for t, peer in sends]
