@@ -21,7 +21,7 @@ from distri.core.ops.conv2d import ConvGeometry
 from distri.core.partition import SplitAxis
 from distri.core.plan import Exchange, ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
-from distri.core.policy import ExchangeKind, policy_table
+from distri.core.policy import ExchangeKind, Policy, policy_table
 from distri.core.program import awaited_version
 from distri.core.traffic import messages
 from distri.errors import UserError
@@ -138,6 +138,11 @@ class Oracle:
         return total
 
 
+def hold_contracts(cases: list[dict[str, Any]], report: Any) -> list[dict[str, Any]]:
+    """One backend after the other in the same processes."""
+    return [hold_contract(case, report) for case in cases]
+
+
 def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
     """Drive the plan with an oracle beside it; returns what the arena and the transport did."""
     plan = toy_plan(case)
@@ -150,9 +155,10 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
     for image in range(case.get("images", 1)):
         oracle = Oracle(plan, image)
         exchanger.begin_image()
+        kept: Kept = {}
         for step in range(plan.image.num_inference_steps):
             exchanger.begin_step()
-            _one_step(plan, exchanger, oracle, step, delay if case.get("delays") else None)
+            kept = _one_step(plan, exchanger, oracle, step, delay if case.get("delays") else None, kept)
             allocations.append(transport.arena.num_allocations)
             places.append([t.data_ptr() for t in transport.arena.whole.values()])
             report(step)
@@ -166,8 +172,15 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
     }
 
 
-def _one_step(plan: Plan, exchanger: Exchanger[Tensor], oracle: Oracle, step: int, delay: Any) -> None:
+Kept = dict[str, tuple[list[Tensor], list[Tensor]]]
+
+
+def _one_step(
+    plan: Plan, exchanger: Exchanger[Tensor], oracle: Oracle, step: int, delay: Any, kept: Kept
+) -> Kept:
+    """Returns what a reader that extrapolates still needs at the next step, with copies to compare it with."""
     rank = exchanger.rank
+    keeping: Kept = {}
     for exchange in plan.exchanges[:-1]:
         if delay is not None and delay.random() < 0.3:
             time.sleep(delay.random() * 0.01)
@@ -180,11 +193,28 @@ def _one_step(plan: Plan, exchanger: Exchanger[Tensor], oracle: Oracle, step: in
             continue
         assert len(seen) == len(expected), place
         assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True)), place
+        if exchange.steady is Policy.EXTRAPOLATED:
+            if exchange.layer in kept:
+                time.sleep(0.002)  # time for a message to arrive where it must not
+                before, copies = kept[exchange.layer]
+                assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True)), f"{place}: lost"
+            others = _others(plan, exchange, rank, seen)
+            keeping[exchange.layer] = (others, [tensor.clone() for tensor in others])
     output = plan.exchanges[-1]
     gathered = exchanger.gather(oracle.made(output, rank, step))
     assert all(torch.equal(t, oracle.made(output, r, step)) for r, t in enumerate(gathered)), (
         f"step {step}: output"
     )
+    return keeping
+
+
+def _others(plan: Plan, exchange: Exchange, rank: int, seen: Any) -> list[Tensor]:
+    """What of a collected value came from other ranks."""
+    if exchange.kind is not ExchangeKind.CONTEXT:
+        return list(seen)
+    own = plan.mesh.patch_of(rank)
+    shares = seen[0].split([patch.area for patch in plan.partition.at_level(exchange.level)])
+    return [share for patch, share in enumerate(shares) if patch != own]
 
 
 def share_values(case: dict[str, Any], report: Any) -> list[Any]:
@@ -230,7 +260,7 @@ def fail_in_step(case: dict[str, Any], report: Any) -> None:
             if step == case["step"] and backend.rank == case["rank"]:
                 report(step)
                 _meet_fate(case["fate"])
-            _one_step(plan, exchanger, oracle, step, None)
+            _one_step(plan, exchanger, oracle, step, None, {})
     except BaseException as error:
         backend.abort(error)
         raise

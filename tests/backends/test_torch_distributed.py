@@ -42,35 +42,41 @@ def wait_until(condition, limit_s=10.0):
     return condition()
 
 
-CASES = [
-    pytest.param({"ranks": 2, "delays": True}, id="two ranks, delayed"),
-    pytest.param({"ranks": 3, "weights": [3, 1, 2], "delays": True, "images": 2}, id="uneven, two images"),
-    pytest.param(
-        {"ranks": 3, "axis": "cols", "policy": "stale", "layers_per_bucket": 60}, id="columns, one bucket"
-    ),
-    pytest.param({"ranks": 4, "axis": "grid", "layers_per_bucket": 2}, id="grid"),
-    pytest.param({"ranks": 2, "cfg_split": True}, id="guidance only"),
-    pytest.param(
-        {"ranks": 4, "cfg_split": True, "policy": "sync_gn", "delays": True}, id="guidance and patches"
-    ),
-    pytest.param({"ranks": 3, "policy": "fresh"}, id="fresh"),
-    pytest.param({"ranks": 3, "policy": "no_sync", "warmup": 3}, id="frozen"),
-    pytest.param({"ranks": 2, "policy": "separate_gn"}, id="local moments"),
-    pytest.param({"ranks": 2, "policy": "local"}, id="local"),
-    pytest.param({"ranks": 2, "steps": 2, "warmup": 2}, id="warm-up only"),
-]
+CASES = {
+    2: [
+        {"delays": True},
+        {"delays": True, "policy": "extrapolated", "layers_per_bucket": 1},
+        {"policy": "separate_gn"},
+        {"policy": "local"},
+        {"steps": 2, "warmup": 2},
+        {"cfg_split": True},
+    ],
+    3: [
+        {"weights": [3, 1, 2], "delays": True, "images": 2},
+        {"axis": "cols", "policy": "stale", "layers_per_bucket": 60},
+        {"policy": "fresh"},
+        {"policy": "no_sync", "warmup": 3},
+        {"policy": "extrapolated", "delays": True},
+    ],
+    4: [
+        {"axis": "grid", "layers_per_bucket": 2},
+        {"cfg_split": True, "policy": "sync_gn", "delays": True},
+    ],
+}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_rank_sees_exactly_the_versions_of_the_contract(case):
-    done = on_ranks("hold_contract", case)
-    assert len(set(done["allocations"])) <= 1, "something was allocated after the first displaced step"
-    assert done["places_stay"]
+@pytest.mark.parametrize("num_ranks", CASES)
+def test_every_rank_sees_exactly_the_versions_of_the_contract(num_ranks):
+    cases = [{"ranks": num_ranks, **case} for case in CASES[num_ranks]]
+    for case, done in zip(cases, run_ranks(num_ranks, f"{TARGETS}:hold_contracts", cases), strict=True):
+        assert len(set(done["allocations"])) <= 1, f"{case}: allocated after the first displaced step"
+        assert done["places_stay"], case
 
 
 def test_a_steady_step_sends_one_parcel_a_bucket():
-    few, many = ({"ranks": 2, "steps": steps, "warmup": 1, "layers_per_bucket": 4} for steps in (4, 6))
-    assert on_ranks("hold_contract", many)["messages"] - on_ranks("hold_contract", few)["messages"] == 2 * 3
+    cases = [{"ranks": 2, "steps": steps, "warmup": 1, "layers_per_bucket": 4} for steps in (4, 6)]
+    few, many = run_ranks(2, f"{TARGETS}:hold_contracts", cases)
+    assert many["messages"] - few["messages"] == 2 * 3
 
 
 def test_values_are_broadcast_as_rank_0_has_them_and_objects_are_refused():

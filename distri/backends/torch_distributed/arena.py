@@ -23,11 +23,12 @@ from torch import Tensor
 from distri.backends.torch_distributed.routes import Route, Routes
 from distri.backends.torch_distributed.wire import Addressed, Line, Parcel
 from distri.core.policy import ExchangeKind
+from distri.core.shape import ceil_div
 from distri.core.traffic import Message
 
 ALIGNMENT_BYTES = 16
 Slot = tuple[str, int]
-"""A layer and the place of a version among those it holds."""
+"""The key of a route and the place of a version among those it holds."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,10 @@ class Block:
     flat: Tensor
     spans: dict[str, tuple[int, int]]
 
-    def runs(self, layers: Sequence[str]) -> list[Tensor]:
-        """The fewest slices that cover these layers, which are in the block's order."""
-        return [
-            self.flat[start:stop]
-            for start, stop in merged([self.spans[x] for x in layers if x in self.spans])
-        ]
+    def runs(self, keys: Sequence[str]) -> list[Tensor]:
+        """The fewest slices that cover these routes, which are in the block's order."""
+        spans = [self.spans[key] for key in keys if key in self.spans]
+        return [self.flat[start:stop] for start, stop in merged(spans)]
 
 
 def merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -75,7 +74,7 @@ class Arena:
         self._dtype: torch.dtype | None = None
         self._blocks: dict[tuple[int, int, bool], dict[int, Block]] = {}
         self._stacks: dict[tuple[int, int], tuple[Line, dict[str, tuple[int, int]]]] = {}
-        self._group_of = {route.layer: place for place, group in enumerate(routes.groups) for route in group}
+        self._group_of = {route.key: place for place, group in enumerate(routes.groups) for route in group}
         self._parcels: dict[tuple[tuple[str, ...], int, bool], Parcel] = {}
         self._shares: dict[tuple[str, int, int], Tensor] = {}
         with torch.inference_mode(False):  # what is made in inference mode could not be written outside of it
@@ -100,19 +99,23 @@ class Arena:
                     self._lay_out(place, slot, halos, is_outgoing=True)
                     self._lay_out(place, slot, halos, is_outgoing=False)
                     for route in group:
-                        self._lay_out_shares(route, slot, dtype)
+                        self._lay_out_shares(route, slot)
 
-    def share(self, layer: str, slot: int, patch: int) -> Tensor:
-        """One patch's tokens of a context."""
-        return self._shares[layer, slot, patch]
+    def own_slot(self, key: str, slot: int, is_late: bool) -> int:
+        """Where this patch's share of a context lies and is sent from, if the others' of its version are in `slot`."""
+        return (slot - 1) % self._routes.by_key[key].depth if is_late else slot
 
-    def parcel(self, layers: tuple[str, ...], slot: int, is_late: bool) -> Parcel:
-        """What carries the versions of `slot` of these layers, all of one group and in the plan's order."""
-        key = (layers, slot, is_late)
-        if key not in self._parcels:
+    def share(self, key: str, slot: int, patch: int) -> Tensor:
+        """One patch's share of a context."""
+        return self._shares[key, slot, patch]
+
+    def parcel(self, keys: tuple[str, ...], slot: int, is_late: bool) -> Parcel:
+        """What carries the versions of `slot` of these routes, all of one group and in the plan's order."""
+        name = (keys, slot, is_late)
+        if name not in self._parcels:
             with torch.inference_mode(False):
-                self._parcels[key] = self._cut(layers, slot, is_late)
-        return self._parcels[key]
+                self._parcels[name] = self._cut(keys, slot, is_late)
+        return self._parcels[name]
 
     def _new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         self.num_allocations += 1
@@ -120,43 +123,45 @@ class Arena:
         self.num_bytes += tensor.nbytes
         return tensor
 
-    def _lay_out_shares(self, route: Route, slot: int, dtype: torch.dtype) -> None:
+    def _lay_out_shares(self, route: Route, slot: int) -> None:
         """One context, and the view of each patch's share."""
         if route.shares:
-            whole = self.whole[route.layer, slot] = self._new(route.exchange.shape, dtype)
+            whole = self.whole[route.key, slot] = self._new(route.whole_shape, self._dtype_of(route))
             for patch, (start, stop) in enumerate(route.shares):
-                self._shares[route.layer, slot, patch] = whole[start:stop]
+                self._shares[route.key, slot, patch] = whole[start:stop]
 
     def _lay_out(self, place: int, slot: int, halos: Sequence[Route], is_outgoing: bool) -> None:
         """Flat buffers for one direction of a group's halos, and the views of their pieces."""
-        assert self._dtype is not None
         views = self.outgoing if is_outgoing else self.incoming
-        pieces: dict[int, list[tuple[str, int, Message]]] = {}
+        pieces: dict[int, list[tuple[Route, int, Message]]] = {}
         for route in halos:
             found = route.outgoing if is_outgoing else route.incoming
-            views[route.layer, slot] = [torch.empty(0)] * len(found)
+            views[route.key, slot] = [torch.empty(0)] * len(found)
             for number, message in enumerate(found):
                 peer = message.reader if is_outgoing else message.source
-                pieces.setdefault(peer, []).append((route.layer, number, message))
+                pieces.setdefault(peer, []).append((route, number, message))
         blocks = self._blocks[place, slot, is_outgoing] = {}
         for peer, items in sorted(pieces.items()):
             spans: dict[str, tuple[int, int]] = {}
             starts, end = [], 0
-            for layer, _, message in items:
+            for route, _, message in items:
                 starts.append(end)
-                end += -(-message.elements * self._dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-                spans[layer] = (spans.get(layer, (starts[-1], 0))[0], end)
+                end += ceil_div(self._piece_bytes(route, message), ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+                spans[route.key] = (spans.get(route.key, (starts[-1], 0))[0], end)
             block = blocks[peer] = Block(self._new((end,), torch.uint8), spans)
-            for start, (layer, number, message) in zip(starts, items, strict=True):
-                views[layer, slot][number] = self._piece(block.flat, start, layer, message)
+            for start, (route, number, message) in zip(starts, items, strict=True):
+                views[route.key, slot][number] = self._piece(block.flat, start, route, message)
 
-    def _piece(self, flat: Tensor, start: int, layer: str, message: Message) -> Tensor:
+    def _dtype_of(self, route: Route) -> torch.dtype:
         assert self._dtype is not None
-        assert message.rect is not None
-        batch, channels = self._routes.by_layer[layer].exchange.shape[:2]
-        stop = start + message.elements * self._dtype.itemsize
-        rect = message.rect
-        return flat[start:stop].view(self._dtype).view(batch, channels, rect.rows.size, rect.cols.size)
+        return torch.uint8 if route.is_coded else self._dtype
+
+    def _piece_bytes(self, route: Route, message: Message) -> int:
+        return prod(route.piece_shape(message)) * self._dtype_of(route).itemsize
+
+    def _piece(self, flat: Tensor, start: int, route: Route, message: Message) -> Tensor:
+        raw = flat[start : start + self._piece_bytes(route, message)]
+        return raw.view(self._dtype_of(route)).view(route.piece_shape(message))
 
     def _stack_lines(self, place: int, slot: int, routes: Sequence[Route]) -> None:
         """Buffers for the moments of one group, its layers stacked."""
@@ -167,7 +172,7 @@ class Arena:
         end = 0
         for route in routes:
             rows = prod(route.exchange.shape[:2])
-            spans[route.layer] = (end, end + rows)
+            spans[route.key] = (end, end + rows)
             end += rows
 
         def new(is_needed: bool) -> Tensor | None:
@@ -184,33 +189,31 @@ class Arena:
         self._stacks[place, slot] = (line, spans)
         for route in routes:
             shape = route.exchange.shape
-            self.lines[route.layer, slot] = _each(line, spans[route.layer], shape)
+            self.lines[route.key, slot] = _each(line, spans[route.key], shape)
 
-    def _cut(self, layers: tuple[str, ...], slot: int, is_late: bool) -> Parcel:
-        place = self._group_of[layers[0]]
-        sends = self._halo_runs(place, slot, layers, True)
-        receives = self._halo_runs(place, slot, layers, False)
+    def _cut(self, keys: tuple[str, ...], slot: int, is_late: bool) -> Parcel:
+        place = self._group_of[keys[0]]
+        sends = self._halo_runs(place, slot, keys, True)
+        receives = self._halo_runs(place, slot, keys, False)
         patch = self._routes.patch
-        for layer in layers:
-            if self._routes.by_layer[layer].shares:
-                from_slot = (slot + 1) % 2 if is_late else slot
+        for key in keys:
+            if self._routes.by_key[key].shares:
+                from_slot = self.own_slot(key, slot, is_late)
                 for peer in range(self._routes.parts):
                     if peer != patch:
-                        sends.append((self.share(layer, from_slot, patch), peer))
-                        receives.append((self.share(layer, slot, peer), peer))
-        return Parcel(tuple(sends), tuple(receives), self._line_runs(place, slot, layers))
+                        sends.append((self.share(key, from_slot, patch), peer))
+                        receives.append((self.share(key, slot, peer), peer))
+        return Parcel(tuple(sends), tuple(receives), self._line_runs(place, slot, keys))
 
-    def _halo_runs(
-        self, place: int, slot: int, layers: tuple[str, ...], is_outgoing: bool
-    ) -> list[Addressed]:
+    def _halo_runs(self, place: int, slot: int, keys: tuple[str, ...], is_outgoing: bool) -> list[Addressed]:
         blocks = self._blocks.get((place, slot, is_outgoing), {})
-        return [(run, peer) for peer, block in blocks.items() for run in block.runs(layers)]
+        return [(run, peer) for peer, block in blocks.items() for run in block.runs(keys)]
 
-    def _line_runs(self, place: int, slot: int, layers: tuple[str, ...]) -> tuple[Line, ...]:
+    def _line_runs(self, place: int, slot: int, keys: tuple[str, ...]) -> tuple[Line, ...]:
         if (place, slot) not in self._stacks:
             return ()
         line, spans = self._stacks[place, slot]
-        rows = merged([spans[layer] for layer in layers if layer in spans])
+        rows = merged([spans[key] for key in keys if key in spans])
         return tuple(_each(line, span, (-1, 3)) for span in rows)
 
 

@@ -54,6 +54,7 @@ class _Delivery:
     """Where a version will be, and when."""
 
     ticket: Ticket
+    route: Route
     slot: int
 
 
@@ -113,20 +114,20 @@ class TorchTransport:
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Pack a value; it leaves at once, or with the last value of its bucket."""
         self._step, self._layer = version, exchange.layer
-        route = self.routes.by_layer[exchange.layer]
+        route = self.routes.of(exchange, is_late=bucket is not None)
         slot = version % route.depth
         self._pack(route, slot, parts, is_late=bucket is not None)
-        self._slot_versions[route.layer, slot] = version
+        self._slot_versions[route.key, slot] = version
         if bucket is None:
             ticket = self._dispatch(
-                self._links.urgent, self._links.urgent_wire, (route.layer,), slot, False, None
+                self._links.urgent, self._links.urgent_wire, (route.key,), slot, False, None
             )
             self._hold(route, version, slot, ticket, is_late=False)
             return
         promise = self._open.get(bucket) or self._open.setdefault(bucket, self._links.late.promise())
         self._hold(route, version, slot, promise, is_late=True)
         members = self.routes.late_members(version, bucket)
-        if route.layer == members[-1]:
+        if route.key == members[-1]:
             del self._open[bucket]
             self._dispatch(self._links.late, self._links.late_wire, members, slot, True, promise)
 
@@ -138,19 +139,19 @@ class TorchTransport:
             LostPeerError: it did not come.
         """
         self._layer = exchange.layer
-        route = self.routes.by_layer[exchange.layer]
-        delivery = self._held.get(route.layer, version)
-        check_version(route.layer, version, self._slot_versions[route.layer, delivery.slot])
+        delivery = self._held.get(exchange.layer, version)
+        route, slot = delivery.route, delivery.slot
+        check_version(exchange.layer, version, self._slot_versions[route.key, slot])
         self.await_ticket(delivery.ticket, f"{exchange.layer} ({exchange.kind.value}), version {version}")
         if exchange.kind is ExchangeKind.HALO:
-            return self.arena.incoming[route.layer, delivery.slot]
+            return self.arena.incoming[route.key, slot]
         if exchange.kind is ExchangeKind.MOMENTS:
-            line = self.arena.lines[route.layer, delivery.slot]
+            line = self.arena.lines[route.key, slot]
             return [merged for merged in (line.before, line.after) if merged is not None]
-        if self._placed.pop(route.layer, None) != delivery.slot:
-            self._place_share(route, delivery.slot, own)
-            del self._placed[route.layer]
-        return [self.arena.whole[route.layer, delivery.slot]]
+        if self._placed.pop(route.key, None) != slot:
+            self._place_share(route, slot, own)
+            del self._placed[route.key]
+        return [self.arena.whole[route.key, slot]]
 
     def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
         """Every rank's output of this version, in rank order; the others' are valid until the next gather."""
@@ -171,10 +172,10 @@ class TorchTransport:
         return output.results(own)
 
     def _hold(self, route: Route, version: int, slot: int, ticket: Ticket, is_late: bool) -> None:
-        self._held.put(route.layer, version, _Delivery(ticket, slot))
-        self._slot_users[route.layer, slot] = ticket
+        self._held.put(route.layer, version, _Delivery(ticket, route, slot))
+        self._slot_users[route.key, slot] = ticket
         if route.shares:
-            self._share_users[route.layer, (slot + 1) % 2 if is_late else slot] = ticket
+            self._share_users[route.key, self.arena.own_slot(route.key, slot, is_late)] = ticket
 
     def _dispatch(
         self,
@@ -192,22 +193,22 @@ class TorchTransport:
         return lane.submit(lambda: wire.deliver(parcel, patch, parts), promise)
 
     def _pack(self, route: Route, slot: int, parts: Sequence[Tensor], is_late: bool) -> None:
-        self._await_user(self._slot_users.get((route.layer, slot)), route)
+        self._await_user(self._slot_users.get((route.key, slot)), route)
         kind = route.exchange.kind
         if kind is ExchangeKind.MOMENTS:
-            self._copy(route, [self.arena.lines[route.layer, slot].own], parts)
+            self._copy(route, [self.arena.lines[route.key, slot].own], parts)
             return
         self._fix_dtype(route, parts)
         if kind is ExchangeKind.HALO:
-            self._copy(route, self.arena.outgoing[route.layer, slot], parts)
+            self._copy(route, self.arena.outgoing[route.key, slot], parts)
         else:
-            self._place_share(route, (slot + 1) % 2 if is_late else slot, parts)
+            self._place_share(route, self.arena.own_slot(route.key, slot, is_late), parts)
 
     def _place_share(self, route: Route, slot: int, own: Sequence[Tensor]) -> None:
         """Write this patch's keys and values beside the others' in `slot`."""
-        self._await_user(self._share_users.get((route.layer, slot)), route)
-        self._copy(route, [self.arena.share(route.layer, slot, self.routes.patch)], own)
-        self._placed[route.layer] = slot
+        self._await_user(self._share_users.get((route.key, slot)), route)
+        self._copy(route, [self.arena.share(route.key, slot, self.routes.patch)], own)
+        self._placed[route.key] = slot
 
     def _copy(self, route: Route, places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
         """Copy the parts into their places.
@@ -226,7 +227,8 @@ class TorchTransport:
 
     def _fix_dtype(self, route: Route, parts: Sequence[Tensor]) -> None:
         if self.arena.dtype is None:
-            given = self._dtype or (parts[0].dtype if parts else getattr(torch, route.exchange.dtype))
+            seen = parts[0].dtype if parts and not route.is_coded else getattr(torch, route.exchange.dtype)
+            given = self._dtype or seen
             assert isinstance(given, torch.dtype)
             self.arena.fix_dtype(given)
 
