@@ -136,7 +136,9 @@ def evaluate(request: EvaluationRequest, graph: LayerGraph, progress: Progress |
     """
     from distri.models.load import load_pipeline
 
-    plans = {key: plan_of(request, graph, *key) for key in product(request.modes, request.ranks, request.steps)}
+    plans = {
+        key: plan_of(request, graph, *key) for key in product(request.modes, request.ranks, request.steps)
+    }
     pipe = load_pipeline(request.model, request.dtype)
     perceptual = load_lpips()
     observations, references, obeyed = [], {}, []
@@ -210,8 +212,8 @@ def draw(
 
     import torch
 
-    from distri.backends.in_process import InProcessBackend
     from distri.models.samplers import use_sampler
+    from distri.pipeline import open_backend
     from distri.session import Session
 
     use_sampler(pipe, sampler)
@@ -222,7 +224,9 @@ def draw(
         return state
 
     session = (
-        Session(pipe.unet, InProcessBackend(plan), lambda: pipe.scheduler.timesteps) if plan else nullcontext()
+        Session(pipe.unet, open_backend("in_process", plan), lambda: pipe.scheduler.timesteps)
+        if plan
+        else nullcontext()
     )
     with torch.inference_mode(), session:
         image = pipe(
@@ -282,7 +286,10 @@ def load_lpips() -> Callable[[Picture, Picture], float] | None:
         return None
 
     def distance(picture: Picture, reference: Picture) -> float:
-        tensors = [torch.from_numpy(p.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1 for p in (picture, reference)]
+        tensors = [
+            torch.from_numpy(p.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+            for p in (picture, reference)
+        ]
         with torch.inference_mode():
             return float(network(*tensors))
 

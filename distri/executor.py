@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,7 @@ def _seconds_per_step(start: float, times: list[float]) -> float:
     import statistics
 
     edges = [start, *times]
-    gaps = [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(edges)]
     return statistics.median(gaps[1:] or gaps)
 
 
@@ -187,7 +188,8 @@ def single_device(request: RunRequest) -> RunRequest:
 
     plan = request.plan
     alone = make_plan(
-        PlanRequest(plan.image, 1, cfg_split=False, dtype=plan.dtype, warmup_steps=1), load_graph(request.model)
+        PlanRequest(plan.image, 1, cfg_split=False, dtype=plan.dtype, warmup_steps=1),
+        load_graph(request.model),
     )
     return dataclasses.replace(request, plan=alone, backend="in_process", output=None)
 
@@ -230,9 +232,9 @@ def _compared(request: RunRequest, planned: Drawing, alone: Drawing) -> CompareR
 
 def side_by_side(left: Image, right: Image, gap: int = 8) -> Image:
     """Two pictures of one size beside each other."""
-    from PIL import Image as images
+    import PIL.Image
 
-    sheet = images.new("RGB", (left.width + gap + right.width, left.height), "white")
+    sheet = PIL.Image.new("RGB", (left.width + gap + right.width, left.height), "white")
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + gap, 0))
     return sheet

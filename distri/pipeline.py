@@ -29,8 +29,10 @@ def parallelize(pipe: Any, plan: Plan, backend: str | Backend = "torch") -> Sess
         UserError: there is no such backend.
     """
     if not hasattr(pipe, "unet") or pipe.unet is None:
-        raise ModelError(f"{type(pipe).__name__} has no UNet; a Stable Diffusion or SDXL pipeline is required")
-    verify(plan, graph_of(pipe.unet, plan.model.name))
+        raise ModelError(
+            f"{type(pipe).__name__} has no UNet; a Stable Diffusion or SDXL pipeline is required"
+        )
+    verify(plan, graph_of(pipe.unet, plan.model.name, pipe.vae_scale_factor))
     opened = open_backend(backend, plan, pipe.unet.device) if isinstance(backend, str) else backend
     return Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps)
 

@@ -44,7 +44,12 @@ def seam_visibility(picture: Picture, patches: Sequence[Rect], pixels_per_latent
     rows = sorted({p.rows.start * pixels_per_latent for p in patches} - {0})
     cols = sorted({p.cols.start * pixels_per_latent for p in patches} - {0})
     down, across = np.abs(np.diff(grey, axis=0)), np.abs(np.diff(grey, axis=1))
-    at = np.concatenate([down[[r - 1 for r in rows if r < height]].ravel(), across[:, [c - 1 for c in cols if c < width]].ravel()])
+    at = np.concatenate(
+        [
+            down[[r - 1 for r in rows if r < height]].ravel(),
+            across[:, [c - 1 for c in cols if c < width]].ravel(),
+        ]
+    )
     if at.size == 0:
         return 1.0
     total = (down.sum() if rows else 0.0) + (across.sum() if cols else 0.0)

@@ -92,7 +92,9 @@ class Session:
 
     def _share(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What rank 0 has of the conditioning, on every rank: seeds and encoders are not trusted to agree."""
-        names = [name for name in ("encoder_hidden_states", "added_cond_kwargs") if arguments.get(name) is not None]
+        names = [
+            name for name in ("encoder_hidden_states", "added_cond_kwargs") if arguments.get(name) is not None
+        ]
         return dict(zip(names, self.backend.broadcast([arguments[name] for name in names]), strict=True))
 
     def _begin_step(self) -> None:

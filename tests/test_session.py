@@ -64,7 +64,9 @@ def both(unet, plan, **more):
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(32, 16), (31, 16), (30, 17), (29, 15)])
-def test_sizes_that_are_no_multiple_of_the_upsampling_factor_are_decided_from_the_global_shape(unet, rows, cols):
+def test_sizes_that_are_no_multiple_of_the_upsampling_factor_are_decided_from_the_global_shape(
+    unet, rows, cols
+):
     for ours, theirs in both(unet, plan_for(unet, 3, rows, cols)):
         assert torch.allclose(ours, theirs, atol=TOLERANCE)
 
@@ -152,9 +154,14 @@ def test_layers_that_run_in_another_order_than_planned_are_refused(unet):
     plan = plan_for(unet, 2)
     with torch.no_grad(), Session(unet, InProcessBackend(plan, timeout_s=10)) as session:
         session.begin_image()
-        unet.mid_block.resnets[0], unet.mid_block.resnets[1] = unet.mid_block.resnets[1], unet.mid_block.resnets[0]
+        unet.mid_block.resnets[0], unet.mid_block.resnets[1] = (
+            unet.mid_block.resnets[1],
+            unet.mid_block.resnets[0],
+        )
         try:
-            with pytest.raises(ScheduleMismatchError, match=r"ran where the plan has mid_block\.resnets\.0\.norm1"):
+            with pytest.raises(
+                ScheduleMismatchError, match=r"ran where the plan has mid_block\.resnets\.0\.norm1"
+            ):
                 unet(**arguments(plan))
         finally:
             unet.mid_block.resnets[0], unet.mid_block.resnets[1] = (

@@ -103,9 +103,7 @@ def toy_plan(
     table = policy if isinstance(policy, PolicyTable) else policy_table(policy)
     image = ImageRequest(rows * 8, cols * 8, steps)
     return make_plan(
-        PlanRequest(
-            image, num_ranks, cfg_split, table, warmup_steps, axis, weights, dtype="float32", **more
-        ),
+        PlanRequest(image, num_ranks, cfg_split, table, warmup_steps, axis, weights, dtype="float32", **more),
         graph,
     )
 

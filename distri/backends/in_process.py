@@ -51,7 +51,9 @@ class Mailboxes:
             if self._failure is not None:
                 raise RunError("another rank failed") from self._failure
             if not arrived:
-                raise RunError(f"waited {self._timeout_s} s for version {version} of {key[1]} from patch {key[2]}")
+                raise RunError(
+                    f"waited {self._timeout_s} s for version {version} of {key[1]} from patch {key[2]}"
+                )
             return self._buffer.get(key, version)
 
     def fail(self, reason: BaseException) -> None:

@@ -24,7 +24,9 @@ def parse_numbers(ctx: click.Context, param: click.Parameter, text: str) -> tupl
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of whole numbers such as 2,4,8", ctx, param) from None
+        raise click.BadParameter(
+            f"{text!r} is not a list of whole numbers such as 2,4,8", ctx, param
+        ) from None
 
 
 def parse_names(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, ...]:
@@ -35,17 +37,29 @@ def parse_names(ctx: click.Context, param: click.Parameter, text: str) -> tuple[
 @click.command("evaluate")
 @model_option("demo")
 @click.option("--prompt", "prompts", multiple=True, help="A sentence; may be given several times.")
-@click.option("--num-prompts", type=click.IntRange(1), default=10, show_default=True, help="Of the demo's held-out ones.")
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Of the demo's held-out ones.",
+)
 @click.option("--seeds", callback=parse_numbers, default="0", show_default=True)
-@click.option("--modes", callback=parse_names, default=ALL_MODES, show_default=True, help="Policies; @cols for columns.")
+@click.option(
+    "--modes", callback=parse_names, default=ALL_MODES, show_default=True, help="Policies; @cols for columns."
+)
 @click.option("--ranks", callback=parse_numbers, default="2,4,8", show_default=True, help="Patches.")
-@click.option("--samplers", callback=parse_names, default="ddim", show_default=True, help="ddim, euler, dpm-solver++.")
+@click.option(
+    "--samplers", callback=parse_names, default="ddim", show_default=True, help="ddim, euler, dpm-solver++."
+)
 @click.option("--steps", callback=parse_numbers, default="50", show_default=True)
 @click.option("--height", type=int, default=256, show_default=True)
 @click.option("--width", type=int, default=256, show_default=True)
 @click.option("--warmup-steps", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--guidance-scale", type=float, default=3.0, show_default=True, callback=parse_scale)
-@click.option("--dtype", type=click.Choice(("float32", "float16", "bfloat16")), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(("float32", "float16", "bfloat16")), default="float32", show_default=True
+)
 @click.option("--sheet", type=click.Path(path_type=Path), help="Write a contact sheet of all pictures here.")
 @json_option
 def command(as_json: bool, sheet: Path | None, num_prompts: int, **flags: Any) -> None:
@@ -56,11 +70,11 @@ def command(as_json: bool, sheet: Path | None, num_prompts: int, **flags: Any) -
       distri evaluate --num-prompts 4 --ranks 4 --modes corrected,local --sheet sheet.png
       distri evaluate --steps 4,10,25,50 --samplers ddim,euler,dpm-solver++ --ranks 4 --json
     """
+    from distri.contact_sheet import contact_sheet
     from distri.evaluation import EvaluationRequest, demo_prompts, evaluate
     from distri.executor import check_output, save
     from distri.models.presets import load_graph
     from distri.models.samplers import SAMPLERS
-    from distri.contact_sheet import contact_sheet
 
     check_output(sheet)
     unknown = [name for name in flags["samplers"] if name not in SAMPLERS]
@@ -87,7 +101,10 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         "request": dataclasses.asdict(evaluation.request),
         "reference_words_obeyed": evaluation.reference_words_obeyed,
         "rows": [
-            {**dataclasses.asdict(row.setting), **{k: v for k, v in dataclasses.asdict(row).items() if k != "setting"}}
+            {
+                **dataclasses.asdict(row.setting),
+                **{k: v for k, v in dataclasses.asdict(row).items() if k != "setting"},
+            }
             for row in evaluation.rows()
         ],
     }
@@ -98,7 +115,19 @@ def _print_table(evaluation: Evaluation) -> None:
     from rich.table import Table
 
     table = Table(title="Against the single device, from the same noise")
-    for name in ("mode", "ranks", "sampler", "steps", "PSNR dB", "SSIM", "LPIPS", "seam", "words", "drift", "kB/step"):
+    for name in (
+        "mode",
+        "ranks",
+        "sampler",
+        "steps",
+        "PSNR dB",
+        "SSIM",
+        "LPIPS",
+        "seam",
+        "words",
+        "drift",
+        "kB/step",
+    ):
         table.add_column(name, justify="left" if name in ("mode", "sampler") else "right")
     for row in evaluation.rows():
         s = row.setting
@@ -110,4 +139,6 @@ def _print_table(evaluation: Evaluation) -> None:
         )  # fmt: skip
     Console().print(table)
     if evaluation.reference_words_obeyed is not None:
-        click.echo(f"The single device itself obeys its words in {100 * evaluation.reference_words_obeyed:.0f} %.")
+        click.echo(
+            f"The single device itself obeys its words in {100 * evaluation.reference_words_obeyed:.0f} %."
+        )

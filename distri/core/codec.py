@@ -31,7 +31,9 @@ class Codec(str, Enum):
     @property
     def bits(self) -> int:
         """Bits of one value; 0 means that values travel in their own dtype."""
-        return {"none": 0, "int8": 8, "fp8": 8, "residual_int8": 8, "residual_int4": 4, "residual_int2": 2}[self.value]
+        return {"none": 0, "int8": 8, "fp8": 8, "residual_int8": 8, "residual_int4": 4, "residual_int2": 2}[
+            self.value
+        ]
 
     @property
     def is_residual(self) -> bool:

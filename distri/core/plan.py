@@ -58,7 +58,8 @@ class Exchange:
 
     shape: the whole picture's value at one rank of the guidance mesh: (batch, channels, rows, columns) for `halo` and
     `output`, (batch, groups, 3) for `moments`, (tokens, batch, keys and values) for `context`. level: how far that is
-    downsampled. codec: how late values are written. bucket: the message it travels in once the phase is steady; None if it travels alone or not at all.
+    downsampled. codec: how late values are written. bucket: the message it travels in once the phase is steady; None
+    if it travels alone or not at all.
     """
 
     index: int

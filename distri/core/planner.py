@@ -218,7 +218,20 @@ def _make_exchange(
     """One exchange with the figures that follow from its geometry."""
     warmup, steady = (plan.policy.rule(kind, phase, layer) for phase in (Phase.WARMUP, Phase.STEADY))
     empty = Exchange(
-        index, layer, kind, warmup.policy, steady.policy, steady.codec, dtype, shape, level, geometry, (), (), (), None
+        index,
+        layer,
+        kind,
+        warmup.policy,
+        steady.policy,
+        steady.codec,
+        dtype,
+        shape,
+        level,
+        geometry,
+        (),
+        (),
+        (),
+        None,
     )
     peers, elements, sizes = reception(plan, empty)
     return dataclasses.replace(empty, peers=peers, elements_received=elements, bytes_received=sizes)

@@ -69,7 +69,9 @@ class PolicyRule:
         if self.codec is not Codec.NONE and (
             self.kind not in (ExchangeKind.HALO, ExchangeKind.CONTEXT) or self.policy not in READS_LATE
         ):
-            raise PolicyError(f"codec {self.codec.value!r} is for halo and context that are read one step late")
+            raise PolicyError(
+                f"codec {self.codec.value!r} is for halo and context that are read one step late"
+            )
         if self.kind is ExchangeKind.OUTPUT and self.policy is not Policy.FRESH:
             raise PolicyError("the output is gathered fresh at every step")
 
@@ -137,7 +139,10 @@ def builtin_tables() -> dict[str, PolicyTable]:
         uniform_table("naive_patch", local, local, local, local),
         uniform_table("extrapolated", fresh, ahead, corrected, ahead),
         *(uniform_table(codec.value, fresh, stale, corrected, stale, codec) for codec in CODED),
-        *(uniform_table(f"extrapolated_{codec.value}", fresh, ahead, corrected, ahead, codec) for codec in CODED),
+        *(
+            uniform_table(f"extrapolated_{codec.value}", fresh, ahead, corrected, ahead, codec)
+            for codec in CODED
+        ),
     )
     return {table.name: table for table in tables}
 

@@ -1,4 +1,4 @@
-"""Attach the parallel layers to a loaded denoiser, by what its modules are, through diffusers' hooks; and take them off.
+"""Attach the parallel layers to a loaded denoiser by what its modules are, through diffusers' hooks; take them off.
 
 Nothing of the model is replaced: weights, `state_dict` keys, LoRA layers and attention processors stay as they are.
 A hook stands before the forward of a convolution, a GroupNorm, or an attention's key and value projections, and hands
@@ -28,7 +28,7 @@ HOOK_NAME = "distri"
 Replacement = Callable[[nn.Module, Callable[..., Any], Tensor], Tensor]
 
 
-class ReplacedForward(ModelHook):  # type: ignore[misc]
+class ReplacedForward(ModelHook):
     """A hook that runs `replacement(module, original forward, input)` in place of a module's forward."""
 
     def __init__(self, replacement: Replacement) -> None:
@@ -104,7 +104,9 @@ def _wrapped_conv(module: nn.Module, layer: str) -> nn.Conv2d:
 
 def _attach_moments(attachment: Attachment, module: nn.Module, exchange: Exchange, ranks: RankLocal) -> None:
     if not isinstance(module, nn.GroupNorm):
-        raise ModelError(f"{exchange.layer}: the plan has a GroupNorm here, the model has {type(module).__name__}")
+        raise ModelError(
+            f"{exchange.layer}: the plan has a GroupNorm here, the model has {type(module).__name__}"
+        )
     norm = PatchGroupNorm(ranks, exchange)
     attachment.add(module, ReplacedForward(lambda owner, _, value: norm(owner, value)))  # type: ignore[arg-type]
 
@@ -121,7 +123,9 @@ def _attach_context(attachment: Attachment, module: nn.Module, exchange: Exchang
     attachment.add(
         module.to_k,
         ReplacedForward(
-            lambda _, project_keys, value: context.keys(project_keys, values_hook.fn_ref.original_forward, value)
+            lambda _, project_keys, value: context.keys(
+                project_keys, values_hook.fn_ref.original_forward, value
+            )
         ),
     )
 
@@ -135,7 +139,9 @@ def _attach_text(attachment: Attachment, module: Attention, path: str, ranks: Ra
         )
 
 
-def _attach_latent(attachment: Attachment, modules: dict[str, nn.Module], plan: Plan, ranks: RankLocal) -> None:
+def _attach_latent(
+    attachment: Attachment, modules: dict[str, nn.Module], plan: Plan, ranks: RankLocal
+) -> None:
     for path in plan.latent_layers:
         module = modules.get(path)
         if module is None:

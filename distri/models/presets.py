@@ -128,7 +128,7 @@ def _remembered(name: str, config: dict[str, Any], factor: int) -> LayerGraph:
             pass  # damaged: captured again and overwritten below
     from distri.models.unet import capture_unet
 
-    graph = dataclasses.replace(capture_unet(name, config), vae_factor=factor)
+    graph = capture_unet(name, config, vae_factor=factor)
     _remember(graph, path)
     return graph
 

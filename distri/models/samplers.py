@@ -8,7 +8,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from distri.errors import ModelError
 
-SAMPLERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+SAMPLERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "dpm-solver++": DPMSolverMultistepScheduler,
+}
 
 
 def use_sampler(pipe: Any, name: str) -> None:

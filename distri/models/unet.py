@@ -35,7 +35,9 @@ def text_width(config: Mapping[str, Any]) -> int:
     return int(width if isinstance(width, int) else width[0])
 
 
-def capture_unet(name: str, config: Mapping[str, Any], probe: Probe | None = None) -> LayerGraph:
+def capture_unet(
+    name: str, config: Mapping[str, Any], probe: Probe | None = None, vae_factor: int = 8
+) -> LayerGraph:
     """The layer graph of a UNet, from its config; no weights are in memory.
 
     Raises:
@@ -55,5 +57,6 @@ def capture_unet(name: str, config: Mapping[str, Any], probe: Probe | None = Non
         lambda numbers: unet_arguments(model.config, numbers),
         latent_channels=model.config["in_channels"],
         text_width=text_width(model.config),
+        vae_factor=vae_factor,
         probe=chosen,
     )

@@ -1,1 +1,1 @@
-"""The operators' numerics in torch, under the file names of `distri.core.ops`; written once for every backend and model."""
+"""The operators' numerics in torch, under the file names of `distri.core.ops`; the same for every backend."""

@@ -16,7 +16,7 @@ FP8_MAX = 448.0
 
 
 def channels_last(part: Tensor) -> Tensor:
-    """A part as (K, V): halos (B, C, H, W) have a channel for each of B and C, contexts (L, B, E) for each of B and E."""
+    """A part as (K, V): halos (B, C, H, W) have B times C channels, contexts (L, B, E) B times E."""
     if part.dim() == 4:
         return part.reshape(part.shape[0] * part.shape[1], -1)
     return part.reshape(part.shape[0], -1).t()
@@ -69,4 +69,5 @@ def _pack(integers_KV: Tensor, bits: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     parts = [(packed >> (bits * place)) & (2**bits - 1) for place in range(per_byte)]
-    return torch.stack(parts, dim=-1).view(packed.shape[0], -1).to(torch.int16) - 2 ** (bits - 1)
+    integers_KV: Tensor = torch.stack(parts, dim=-1).view(packed.shape[0], -1).to(torch.int16)
+    return integers_KV - 2 ** (bits - 1)

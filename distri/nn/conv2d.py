@@ -17,7 +17,7 @@ from distri.core.plan import Exchange
 from distri.core.policy import ExchangeKind
 from distri.core.shape import Band, Rect
 from distri.core.traffic import messages, output_rects
-from distri.nn.rank_context import RankContext, RankLocal
+from distri.nn.rank_context import RankLocal
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def _within(band: Band, origin: Band) -> Band:
     return Band(band.start - origin.start, band.stop - origin.start)
 
 
-def fill_window(x_BCHW: Tensor, own: Rect, window: Rect, rects: Sequence[Rect], pieces: Sequence[Tensor]) -> Tensor:
+def fill_window(
+    x_BCHW: Tensor, own: Rect, window: Rect, rects: Sequence[Rect], pieces: Sequence[Tensor]
+) -> Tensor:
     """`x_BCHW` (the rectangle `own`) grown to `window`; what no piece covers is zero, as padding is."""
     if window == own:
         return x_BCHW
@@ -102,7 +104,9 @@ class PatchConv2d:
         context = self._ranks.current()
         exchange = self._exchange
         window = make_window(self._geometry, exchange.shape, exchange.level, context.patches, context.patch)
-        context.exchanger.publish(exchange.layer, [cut(x_BCHW, rect, window.own).contiguous() for rect in window.sent])
+        context.exchanger.publish(
+            exchange.layer, [cut(x_BCHW, rect, window.own).contiguous() for rect in window.sent]
+        )
         pieces = context.exchanger.collect(exchange.layer)
         rects = window.received if pieces is not None else ()
         grown = fill_window(x_BCHW, window.own, window.window, rects, pieces or ())
@@ -130,7 +134,11 @@ class LatentConv2d:
 
 
 def convolve(
-    module: nn.Module, forward: Callable[[Tensor], Tensor], grown_BCHW: Tensor, geometry: ConvGeometry, window: Window
+    module: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    grown_BCHW: Tensor,
+    geometry: ConvGeometry,
+    window: Window,
 ) -> Tensor:
     """Convolve a window that already holds its halo.
 
@@ -139,7 +147,13 @@ def convolve(
     """
     if isinstance(module, nn.Conv2d):
         return F.conv2d(
-            grown_BCHW, module.weight, module.bias, module.stride, window.padding, module.dilation, module.groups
+            grown_BCHW,
+            module.weight,
+            module.bias,
+            module.stride,
+            window.padding,
+            module.dilation,
+            module.groups,
         )
     skipped = [0, 0]
     lead = [0, 0]

@@ -50,7 +50,9 @@ class Reconstruction:
             self._inner.send(exchange, version, self._encoded(exchange, parts), bucket)
 
     def _is_coded(self, exchange: Exchange, version: int) -> bool:
-        return exchange.codec is not Codec.NONE and travels_in_bucket(self._plan, exchange, version) is not None
+        return (
+            exchange.codec is not Codec.NONE and travels_in_bucket(self._plan, exchange, version) is not None
+        )
 
     def _encoded(self, exchange: Exchange, parts: Sequence[Tensor]) -> list[Tensor]:
         codec = exchange.codec
@@ -58,9 +60,11 @@ class Reconstruction:
         if not codec.is_residual:
             return [encode(codec, value_KV) for value_KV in values]
         payloads = []
-        for known_KV, value_KV in zip(self._sent[exchange.layer], values, strict=True):
+        start = self._sent.setdefault(exchange.layer, [torch.zeros_like(value_KV) for value_KV in values])
+        for known_KV, value_KV, part in zip(start, values, parts, strict=True):
             payload = encode(codec, value_KV - known_KV)
-            known_KV += decode(codec, payload, *value_KV.shape)
+            # Rounded as the reader's sum is, or the two would drift apart with nobody to notice.
+            known_KV.copy_((known_KV + decode(codec, payload, *value_KV.shape)).to(part.dtype))
             payloads.append(payload)
         return payloads
 
@@ -103,10 +107,9 @@ class Reconstruction:
                 continue
             channels, count = channels_of(shape)
             values_KV = decode(exchange.codec, payload, channels, count)
-            if exchange.codec.is_residual:
-                assert known is not None, f"{exchange.layer}: a change arrived before what it changes"
+            if exchange.codec.is_residual and known is not None:  # without warm-up the sum starts from nothing
                 values_KV = values_KV + channels_last(known[place]).float()
-            rebuilt.append(restore(values_KV, torch.Size(shape)).to(own[0].dtype if own else torch.float32))
+            rebuilt.append(restore(values_KV, torch.Size(shape)).to(getattr(torch, exchange.dtype)))
         return rebuilt
 
     def _placeholder(self, exchange: Exchange, own: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -116,12 +119,16 @@ class Reconstruction:
         channels, count = channels_of(tuple(own[0].shape))
         return [own[0].new_zeros(_payload_length(exchange, channels, count), dtype=torch.uint8)]
 
-    def _wire_lengths(self, exchange: Exchange, shapes: Sequence[tuple[int, ...]], is_coded: bool) -> list[int]:
+    def _wire_lengths(
+        self, exchange: Exchange, shapes: Sequence[tuple[int, ...]], is_coded: bool
+    ) -> list[int]:
         if not is_coded:
             return [shape[0] for shape in shapes]
         return [_payload_length(exchange, *channels_of(shape)) for shape in shapes]
 
-    def _with_own(self, exchange: Exchange, values: Sequence[Tensor], own: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _with_own(
+        self, exchange: Exchange, values: Sequence[Tensor], own: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
         if exchange.kind is not ExchangeKind.CONTEXT:
             return values
         return [torch.cat([own[0] if patch == self._patch else value for patch, value in enumerate(values)])]
@@ -139,4 +146,4 @@ def _payload_length(exchange: Exchange, channels: int, count: int) -> int:
 
 
 def _shares(whole: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    return list(whole.split(list(lengths)))
+    return list(torch.split(whole, list(lengths)))
