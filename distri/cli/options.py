@@ -199,6 +199,15 @@ def plan_from_flags(flags: Mapping[str, Any]) -> Plan:
     Raises:
         UserError: there is none.
     """
+    return make_plan(plan_request_from(flags), load_model_graph(flags["model"]))
+
+
+def plan_request_from(flags: Mapping[str, Any]) -> PlanRequest:
+    """The request for a plan that the flags describe.
+
+    Raises:
+        UserError: the model or the policy is unknown.
+    """
     from distri.models.presets import defaults
 
     own = defaults(flags["model"])
@@ -210,7 +219,7 @@ def plan_from_flags(flags: Mapping[str, Any]) -> Plan:
         num_inference_steps=own.num_inference_steps if steps is None else steps,
         guidance=guidance_scale_of(flags) > 1,
     )
-    request = PlanRequest(
+    return PlanRequest(
         image=image,
         num_ranks=flags["gpus"],
         cfg_split=CFG_SPLITS[flags["cfg_split"]],
@@ -220,7 +229,6 @@ def plan_from_flags(flags: Mapping[str, Any]) -> Plan:
         weights=flags["bands"],
         dtype=flags["dtype"] or own.dtype,
     )
-    return make_plan(request, load_model_graph(flags["model"]))
 
 
 def plan_from_file(path: Path, flags: Mapping[str, Any], ctx: click.Context) -> Plan:
