@@ -246,11 +246,8 @@ class Endpoint:
             return [value(side) for side in sides if side in patches]
         if exchange.kind is ExchangeKind.CONTEXT:
             return [tuple(tag for p in patches for tag in (own[0] if p == self.patch else value(p)))]
-        found: list[Value] = []
-        for message in messages_of(exchange, self.plan.partition.patches):
-            if message.reader == self.patch:
-                found.append(value(message.source))
-        return found
+        found = messages_of(exchange, self.plan.partition.patches)
+        return [value(message.source) for message in found if message.reader == self.patch]
 
     def gather(self, exchange: Exchange, version: int, own: Value) -> Sequence[Value]:
         if self.output_sent < version:
