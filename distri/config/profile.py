@@ -13,6 +13,9 @@ from distri.simulator.measured import MeasuredOperation, MeasuredStep, Measureme
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+    from distri.core.plan import Plan
+    from distri.simulator.costs import ComputeFactory
+
 PROFILE_SCHEMA: Final = 1
 MAX_PROFILE_BYTES: Final = 32 * 2**20
 MAX_POINTS: Final = 100_000
@@ -126,3 +129,23 @@ def _check(profile: Profile) -> None:
     for number, step in enumerate(profile.steps):
         if not 0 < step.seconds < LONGEST_S or not 0 < step.parts_s < LONGEST_S or step.num_operations < 1:
             raise ProfileError(f"steps.{number}: {step.seconds!r} s is no measured time")
+
+
+def measured_compute(path: Path, plan: Plan) -> ComputeFactory:
+    """How the simulator gets its layer times from a profile, and from the analytic model where that has none.
+
+    Raises:
+        ProfileError: as `load_profile`; or it was taken of another model or in another dtype.
+    """
+    from distri.simulator.compute import AnalyticCompute
+    from distri.simulator.measured import MeasuredOperations
+
+    profile = load_profile(path)
+    if profile.fingerprint != plan.model.fingerprint:
+        raise ProfileError(
+            f"{path}: a profile of {profile.model!r} ({profile.fingerprint}), not of {plan.model.name!r} "
+            f"({plan.model.fingerprint}); profile that model"
+        )
+    if profile.dtype != plan.dtype:
+        raise ProfileError(f"{path}: a profile in {profile.dtype}, the plan is in {plan.dtype}; use --dtype")
+    return lambda device, launch: MeasuredOperations(profile.measurements, AnalyticCompute(device, launch))

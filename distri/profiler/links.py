@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,7 +24,8 @@ from distri.backends.torch_distributed.lane import StreamTicket, open_lane
 from distri.backends.torch_distributed.wire import Addressed, Wire
 
 SIZES = (64, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)
-LONGEST_ROUND_S = 1.0
+LONGEST_ROUND_S = 0.4
+SMALL_BYTES = 4096
 ROUNDS = 7
 HALF_DUPLEX_FROM = 1.5
 TIMEOUT_S = 60.0
@@ -218,15 +219,18 @@ def _time_per_product(a: Tensor, until: Callable[[], bool] | None = None) -> flo
     return (time.perf_counter() - start) / count
 
 
-def fit_line(points: list[tuple[int, float]]) -> tuple[float, float, float]:
-    """alpha, beta and the mean relative error of `alpha + size / beta`, by least squares of relative errors.
+def fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
+    """alpha, beta and the mean relative error of `alpha + size / beta`.
+
+    beta is the slope between the two largest sizes, alpha the median of what the small ones took beyond their bytes: a
+    least-squares line would let one disturbed reading turn it, and a shaper's bucket bends it at small sizes.
 
     >>> fit_line([(0, 1.0), (100, 2.0), (300, 4.0)])
     (1.0, 100.0, 0.0)
     """
-    rows = torch.tensor([[1 / seconds, size / seconds] for size, seconds in points], dtype=torch.float64)
-    ones = torch.ones(len(points), 1, dtype=torch.float64)
-    solution = torch.linalg.lstsq(rows, ones).solution.flatten()
-    alpha, per_byte = max(float(solution[0]), 1e-7), max(float(solution[1]), 1e-13)
-    errors = [abs((alpha + size * per_byte) / seconds - 1) for size, seconds in points]
+    (size, spent), (largest, longest) = points[-2:]
+    per_byte = max((longest - spent) / (largest - size), 1e-13)
+    small = [max(s - b * per_byte, 1e-7) for b, s in points if b <= SMALL_BYTES]
+    alpha = statistics.median(small)
+    errors = [abs((alpha + b * per_byte) / s - 1) for b, s in points]
     return round(alpha, 9), float(f"{1 / per_byte:.9g}"), round(statistics.fmean(errors), 6)
