@@ -35,7 +35,7 @@ Report = Callable[..., None]
 Target = Callable[[Any, Report], Any]
 
 LOOPBACK = "127.0.0.1"
-SETTLE_S = 1.0
+SETTLE_S = 3.0
 TERM_S = 1.0
 TAIL_BYTES = 2000
 CONSEQUENCE = "LostPeerError"
@@ -268,11 +268,12 @@ def _raise_cause(ranks: Sequence[_Rank], timeout_s: float) -> None:
 
 def _placed(message: str, echoes: Sequence[str]) -> str:
     """A cause with its step and layer, as far as the ranks that met it know."""
-    who = message.partition(": ")[0]
+    who, _, what = message.partition(": ")
     if f"{who}: step" in message or not echoes:
         return message
-    told = next((echo[echo.index(f"{who}: step") :] for echo in echoes if f"{who}: step" in echo), None)
-    return told if told is not None else f"{message}; met by {echoes[0]}"
+    told = [echo[echo.index(f"{who}: step") :] for echo in echoes if f"{who}: step" in echo]
+    whole = next((sentence for sentence in told if sentence.endswith(what)), None)
+    return whole if whole is not None else f"{message}; met by {(told or echoes)[0]}"
 
 
 def _nearest(echoes: Sequence[str], speaking: Sequence[int]) -> str:

@@ -260,15 +260,21 @@ def fail_in_step(case: dict[str, Any], report: Any) -> None:
             if step == case["step"] and backend.rank == case["rank"]:
                 report(step)
                 _meet_fate(case["fate"])
+            if step == case["step"] and backend.rank == case["rank"] and case["fate"] == "stop inside":
+                exchanger.publish("norm1", oracle.sent(plan.exchanges[0], backend.rank, step))
+                raise ArithmeticError("not a number in conv1")
             _one_step(plan, exchanger, oracle, step, None, {})
     except BaseException as error:
-        backend.abort(error)
+        if case.get("aborts", True):
+            backend.abort(error)
         raise
     finally:
         backend.close()
 
 
 def _meet_fate(fate: str) -> None:
+    if fate == "stop inside":
+        return
     if fate == "raise":
         raise MemoryError("no room for conv1")
     if fate == "refuse":

@@ -103,6 +103,15 @@ def test_a_rank_that_raises_stops_the_others_and_is_named():
     assert time.monotonic() - started < 15
 
 
+def test_a_rank_that_is_closed_within_a_step_stops_the_others_without_being_told_why():
+    started = time.monotonic()
+    with pytest.raises(
+        RunError, match=r"^rank 0 .*: ArithmeticError: not a number in conv1; met by rank 0 .*step 3, norm1"
+    ):
+        on_ranks("fail_in_step", {"ranks": 2, "step": 3, "rank": 0, "fate": "stop inside", "aborts": False})
+    assert time.monotonic() - started < 15
+
+
 def test_a_user_error_stays_one():
     with pytest.raises(UserError, match=r"^this cannot be drawn$"):
         on_ranks("fail_in_step", {"ranks": 2, "step": 1, "rank": 1, "fate": "refuse"})

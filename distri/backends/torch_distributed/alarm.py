@@ -55,14 +55,21 @@ class StoreWatch:
         self._store = store
         self._alarm = alarm
         self._closing = threading.Event()
+        self._has_told = False
         self._thread = threading.Thread(target=self._run, name="distri-alarm", daemon=True)
         self._thread.start()
 
     def tell(self, sentence: str) -> None:
         """Tell every rank that this one failed; the first of several sentences stays."""
         self._alarm.ring(sentence)
+        self._has_told = True
         with contextlib.suppress(RuntimeError):  # without a store there is no run: everybody stops by that
             self._store.compare_set(KEY, "", sentence)
+
+    def linger(self) -> None:
+        """Stay until the others have read what was told, if anything: the store may end with this process."""
+        if self._has_told:
+            time.sleep(2 * WATCH_S)
 
     def wait_for(self, key: str, limit_s: float) -> bool:
         """Whether `key` appears in the store in time, before any alarm."""

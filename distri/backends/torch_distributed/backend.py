@@ -118,8 +118,12 @@ class TorchBackend:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._transport.is_within_step and not self._failed:
+            self.abort(RunError("stopped in the middle of a step"))
         if not self._failed and self._alarm.sentence is None:
             self._part()
+        elif self._failed and self.rank == 0:
+            self._watch.linger()
         for lane in self._lanes:
             lane.close()
         self._watch.close()

@@ -104,7 +104,7 @@ class ThreadLane:
     def close(self) -> None:
         """End the thread after the work it has; a thread that hangs in a broken link is left to die."""
         self._queue.put(None)
-        self._thread.join(timeout=5 * POLL_S)
+        self._thread.join(timeout=5 * POLL_S if self._alarm.sentence is None else 0)
 
     def _run(self) -> None:
         failure: BaseException | None = None

@@ -98,6 +98,11 @@ class TorchTransport:
         """Where the rank is: its step and the last layer that exchanged something."""
         return f"step {self._step}" + (f", {self._layer}" if self._layer else "")
 
+    @property
+    def is_within_step(self) -> bool:
+        """Whether a layer of the current step has exchanged something, and the output was not gathered yet."""
+        return bool(self._layer)
+
     def begin_image(self) -> None:
         """Forget all versions of the last image, after the messages under way have arrived."""
         for ticket in [*self._slot_users.values(), *self._share_users.values()]:
