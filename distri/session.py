@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from distri.backends.base import Backend
 from distri.core.exchanger import Exchanger
+from distri.core.policy import Phase
+from distri.core.refresh import PhaseControl
 from distri.errors import PlanError
 from distri.models.arguments import arguments_of_rank, bind, branch_of, check_latent
 from distri.models.attach import Attachment, ReplacedForward, attach_layers
@@ -38,6 +40,9 @@ class Session:
         self._ranks = RankLocal()
         self._token = image_token
         self._last_token: object = None
+        self._step = -1
+        self._last_BCHW: Tensor | None = None
+        self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
         self._contexts = {rank: self._open_rank(rank) for rank in backend.local_ranks}
         self._threads = ThreadPoolExecutor(len(self._contexts), "rank") if len(self._contexts) > 1 else None
         self._attachment = Attachment()
@@ -71,6 +76,9 @@ class Session:
 
     def begin_image(self) -> None:
         """Forget everything of the last image; the next forward is step 0."""
+        self._step = -1
+        self._last_BCHW = None
+        self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
         for context in self._contexts.values():
             context.begin_image()
 
@@ -82,8 +90,8 @@ class Session:
         """
         arguments = bind(self._forward, args, kwargs)
         check_latent(arguments["sample"], self.plan)
-        self._begin_step()
-        arguments["sample"] = self.backend.broadcast(arguments["sample"])
+        self._begin_image_if_new()
+        arguments["sample"] = self._begin_step(arguments["sample"])
         if self._step == 0:
             self._shared = self._share(arguments)
         arguments.update(self._shared)
@@ -97,19 +105,31 @@ class Session:
         ]
         return dict(zip(names, self.backend.broadcast([arguments[name] for name in names]), strict=True))
 
-    def _begin_step(self) -> None:
+    def _begin_image_if_new(self) -> None:
         token = self._token() if self._token is not None else None
         if token is not self._last_token:
             self._last_token = token
             self.begin_image()
-        steps = {context.exchanger.begin_step() for context in self._contexts.values()}
-        (self._step,) = steps
+
+    def _begin_step(self, sample_BCHW: Tensor) -> Tensor:
+        """Start a step from rank 0's latent, in the phase that rank 0 decides."""
+        self._step += 1
         planned = self.plan.image.num_inference_steps
         if self._step >= planned:
             raise PlanError(
                 f"the plan is for {planned} forwards of the denoiser, the pipeline runs more; "
                 "plan with as many steps as the scheduler evaluates (a second-order one evaluates twice a step)"
             )
+        if self.plan.refresh is None:
+            latent_BCHW, phase = self.backend.broadcast(sample_BCHW), None
+        else:
+            change = relative_change(sample_BCHW, self._last_BCHW)
+            decided = self._control.decide(self._step, change)
+            latent_BCHW, name = self.backend.broadcast([sample_BCHW, decided.value])
+            phase, self._last_BCHW = Phase(name), latent_BCHW
+        for context in self._contexts.values():
+            context.exchanger.begin_step(phase)
+        return latent_BCHW
 
     def _run_ranks(self, original: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
         if self._threads is None:
@@ -164,6 +184,14 @@ class DenoiserHook(ReplacedForward):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Called by diffusers instead of the denoiser's forward."""
         return self._session.denoise(self.fn_ref.original_forward, args, kwargs)
+
+
+def relative_change(now_BCHW: Tensor, before_BCHW: Tensor | None) -> float | None:
+    """RMS of the change between two latents, relative to the RMS of the first; None if there is no first."""
+    if before_BCHW is None:
+        return None
+    change = (now_BCHW.float() - before_BCHW.float()).square().mean().sqrt()
+    return float(change / before_BCHW.float().square().mean().sqrt().clamp_min(1e-12))
 
 
 def _results(futures: Sequence[Future[Any]]) -> list[Any]:

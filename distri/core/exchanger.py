@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from distri.core.plan import Exchange, Plan
-from distri.core.policy import ExchangeKind
+from distri.core.policy import ExchangeKind, Phase
 from distri.core.program import awaited_version, is_published, travels_in_bucket
+from distri.core.staleness import phase_of
 from distri.errors import ScheduleMismatchError
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Exchanger(Generic[T]):
         self.patch = plan.mesh.patch_of(rank)
         self.branch = plan.mesh.branch_of(rank)
         self.step = -1
+        self.phase = Phase.WARMUP
         self._transport = transport
         self._by_layer = plan.by_layer
         self._order = [e.layer for e in plan.exchanges if e.kind is not ExchangeKind.OUTPUT]
@@ -62,9 +64,10 @@ class Exchanger(Generic[T]):
         self.step = -1
         self._transport.begin_image()
 
-    def begin_step(self) -> int:
-        """Start the next step; returns its number."""
+    def begin_step(self, phase: Phase | None = None) -> int:
+        """Start the next step; returns its number. `phase` is the plan's warm-up's unless a refresh decided otherwise."""
         self.step += 1
+        self.phase = phase or phase_of(self.step, self.plan.warmup_steps)
         self._met = 0
         self._own.clear()
         return self.step
@@ -82,15 +85,14 @@ class Exchanger(Generic[T]):
         self._check_order(layer)
         exchange = self._by_layer[layer]
         self._own[layer] = parts
-        if is_published(self.plan, exchange, self.step):
-            self._transport.send(
-                exchange, self.step, parts, travels_in_bucket(self.plan, exchange, self.step)
-            )
+        if is_published(self.plan, exchange, self.step, self.phase):
+            bucket = travels_in_bucket(self.plan, exchange, self.step, self.phase)
+            self._transport.send(exchange, self.step, parts, bucket)
 
     def collect(self, layer: str) -> Sequence[T] | None:
         """The other ranks' values, of the version that the contract requires; None if the policy is `local`."""
         exchange = self._by_layer[layer]
-        version = awaited_version(self.plan, exchange, self.step)
+        version = awaited_version(self.plan, exchange, self.step, self.phase)
         if version is None:
             return None
         return self._transport.receive(exchange, version, self._own[layer])

@@ -14,6 +14,7 @@ from distri.core.mesh import Mesh
 from distri.core.ops.conv2d import ConvGeometry
 from distri.core.partition import Grain, Partition
 from distri.core.policy import ExchangeKind, Phase, Policy, PolicyTable
+from distri.core.refresh import RefreshRule
 from distri.core.shape import Extent, Rect, full_rect
 
 SCHEMA_VERSION = 1
@@ -97,6 +98,7 @@ class Plan:
     mesh: Mesh
     partition: Partition
     warmup_steps: int
+    refresh: RefreshRule | None
     policy: PolicyTable
     pattern: str
     latent_layers: tuple[str, ...]

@@ -25,6 +25,7 @@ from distri.core.plan import (
     Plan,
 )
 from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, PolicyTable, policy_table
+from distri.core.refresh import RefreshRule
 from distri.core.shape import Extent
 from distri.errors import PlanError
 
@@ -47,6 +48,7 @@ class PlanRequest:
     dtype: str = "float16"
     layers_per_bucket: int = 60
     pattern: str = "neighbours"
+    refresh: RefreshRule | None = None
 
 
 def reference_of(graph: LayerGraph) -> ModelReference:
@@ -72,7 +74,7 @@ def make_plan(request: PlanRequest, graph: LayerGraph) -> Plan:
     )
     warmup = check_warmup(request, mesh)
     draft = Plan(
-        SCHEMA_VERSION, model, request.image, request.dtype, mesh, partition, warmup,
+        SCHEMA_VERSION, model, request.image, request.dtype, mesh, partition, warmup, request.refresh,
         request.policy, request.pattern, latent_layers(graph), (), (), (), (),
     )  # fmt: skip
     exchanges = _bucketed(list_exchanges(draft, graph), request.layers_per_bucket)
@@ -154,6 +156,10 @@ def check_warmup(request: PlanRequest, mesh: Mesh) -> int:
         raise PlanError(
             f"policy {request.policy.name!r} reads the previous step, which step 0 does not have; "
             "use --warmup-steps 1 or more"
+        )
+    if request.refresh is not None and any(rule.policy is Policy.FROZEN for rule in request.policy.rules):
+        raise PlanError(
+            f"policy {request.policy.name!r} sends nothing after warm-up, so it cannot be refreshed"
         )
     return min(request.warmup_steps, steps)
 

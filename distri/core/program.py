@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from distri.core.plan import Exchange, Plan
-from distri.core.policy import ExchangeKind, Policy
+from distri.core.policy import ExchangeKind, Phase, Policy
 from distri.core.staleness import phase_of, readers_of, required_version
 
 
@@ -58,22 +58,28 @@ def step_program(plan: Plan, step: int) -> tuple[Instruction, ...]:
     return tuple(program)
 
 
-def is_published(plan: Plan, exchange: Exchange, step: int) -> bool:
-    """Whether anybody will read the value that this step produces."""
+def is_published(plan: Plan, exchange: Exchange, step: int, phase: Phase | None = None) -> bool:
+    """Whether anybody will read the value that this step produces.
+
+    `phase` is what a refresh made of the step; without one it follows from the plan's warm-up.
+    """
+    if phase is not None and exchange.policy(phase) is Policy.FRESH:
+        return True
     policies = (exchange.warmup, exchange.steady)
     return bool(readers_of(step, policies, plan.warmup_steps, plan.image.num_inference_steps))
 
 
-def awaited_version(plan: Plan, exchange: Exchange, step: int) -> int | None:
-    """The version of the other ranks' values that this step reads; None under `local`."""
-    return required_version(exchange.policy(phase_of(step, plan.warmup_steps)), step, plan.warmup_steps)
+def awaited_version(plan: Plan, exchange: Exchange, step: int, phase: Phase | None = None) -> int | None:
+    """The version of the other ranks' values that this step reads; None under `local`. `phase` as above."""
+    policy = exchange.policy(phase or phase_of(step, plan.warmup_steps))
+    return required_version(policy, step, plan.warmup_steps)
 
 
-def travels_in_bucket(plan: Plan, exchange: Exchange, step: int) -> int | None:
+def travels_in_bucket(plan: Plan, exchange: Exchange, step: int, phase: Phase | None = None) -> int | None:
     """The bucket that the value published at `step` travels in; None if it travels alone.
 
     A value that is read in its own step cannot wait for later layers: only values that are read one step later share
-    a message.
+    a message. `phase` as above.
     """
-    policy = exchange.policy(phase_of(step, plan.warmup_steps))
+    policy = exchange.policy(phase or phase_of(step, plan.warmup_steps))
     return None if policy is Policy.FRESH else exchange.bucket

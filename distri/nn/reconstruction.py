@@ -9,6 +9,7 @@ Shape suffixes as in `distri.core.exchanger`: contexts are tokens first.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,6 @@ from distri.core.codec import Codec, payload_bytes
 from distri.core.exchanger import Transport
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind, Policy
-from distri.core.program import travels_in_bucket
 from distri.core.traffic import part_shapes
 from distri.nn.codec import channels_last, decode, encode, restore
 
@@ -32,27 +32,26 @@ class Reconstruction:
         self._inner = inner
         self._sent: dict[str, list[Tensor]] = {}
         self._rebuilt: dict[str, dict[int, list[Tensor]]] = {}
+        self._late_versions: dict[str, deque[int]] = {}
 
     def begin_image(self) -> None:
         """Forget all running sums."""
         self._sent.clear()
         self._rebuilt.clear()
+        self._late_versions.clear()
         self._inner.begin_image()
 
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Send parts, coded if they travel late."""
+        if bucket is not None:
+            self._late_versions.setdefault(exchange.layer, deque(maxlen=2)).append(version)
         if exchange.codec is Codec.NONE:
             self._inner.send(exchange, version, parts, bucket)
-        elif not self._is_coded(exchange, version):
+        elif bucket is None:
             self._sent[exchange.layer] = [channels_last(part).float().clone() for part in parts]
             self._inner.send(exchange, version, parts, bucket)
         else:
             self._inner.send(exchange, version, self._encoded(exchange, parts), bucket)
-
-    def _is_coded(self, exchange: Exchange, version: int) -> bool:
-        return (
-            exchange.codec is not Codec.NONE and travels_in_bucket(self._plan, exchange, version) is not None
-        )
 
     def _encoded(self, exchange: Exchange, parts: Sequence[Tensor]) -> list[Tensor]:
         codec = exchange.codec
@@ -74,9 +73,10 @@ class Reconstruction:
         if exchange.codec is Codec.NONE and not extrapolated:
             return self._inner.receive(exchange, version, own)
         held = self._rebuilt.setdefault(exchange.layer, {})
-        is_late = version in held or version >= self._plan.warmup_steps
+        was_late = self._was_sent_late(exchange, version)
+        is_late = version in held or was_late
         if version not in held:
-            held[version] = self._rebuild(exchange, version, own, held.get(version - 1))
+            held[version] = self._rebuild(exchange, version, own, held.get(version - 1), was_late)
             for old in sorted(held)[:-2]:
                 del held[old]
         values, before = held[version], held.get(version - 1)
@@ -84,15 +84,24 @@ class Reconstruction:
             values = [value + (value - earlier) for value, earlier in zip(values, before, strict=True)]
         return self._with_own(exchange, values, own)
 
+    def _was_sent_late(self, exchange: Exchange, version: int) -> bool:
+        """Whether all ranks sent this version behind computation: this one did, and they do alike."""
+        return version in self._late_versions.get(exchange.layer, ())
+
     def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
         """Outputs are never coded."""
         return self._inner.gather(exchange, version, own)
 
     def _rebuild(
-        self, exchange: Exchange, version: int, own: Sequence[Tensor], known: Sequence[Tensor] | None
+        self,
+        exchange: Exchange,
+        version: int,
+        own: Sequence[Tensor],
+        known: Sequence[Tensor] | None,
+        was_late: bool,
     ) -> list[Tensor]:
         """The others' values of one version: pieces in message order, or shares of the context in patch order."""
-        is_coded = self._is_coded(exchange, version)
+        is_coded = exchange.codec is not Codec.NONE and was_late
         sent = own if not is_coded else self._placeholder(exchange, own)
         arrived = list(self._inner.receive(exchange, version, sent))
         shapes = part_shapes(exchange, self._plan.partition.patches, self._patch)
@@ -107,7 +116,9 @@ class Reconstruction:
                 continue
             channels, count = channels_of(shape)
             values_KV = decode(exchange.codec, payload, channels, count)
-            if exchange.codec.is_residual and known is not None:  # without warm-up the sum starts from nothing
+            if (
+                exchange.codec.is_residual and known is not None
+            ):  # without warm-up the sum starts from nothing
                 values_KV = values_KV + channels_last(known[place]).float()
             rebuilt.append(restore(values_KV, torch.Size(shape)).to(getattr(torch, exchange.dtype)))
         return rebuilt

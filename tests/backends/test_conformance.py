@@ -10,11 +10,22 @@ import torch
 
 from distri.config.plan import dump_plan
 from distri.core.partition import SplitAxis
+from distri.core.refresh import RefreshRule
 from distri.launch import run_ranks
 from tests.backends.conformance_target import digests
 from tests.toys import run_in_process, toy, toy_plan
 
-POLICIES = ("corrected", "stale", "fresh", "local", "no_sync", "separate_gn", "extrapolated")
+POLICIES = (
+    "corrected",
+    "stale",
+    "fresh",
+    "local",
+    "no_sync",
+    "separate_gn",
+    "extrapolated",
+    "int8",
+    "residual_int4",
+)
 
 
 def plans_for(num_ranks: int):
@@ -24,6 +35,10 @@ def plans_for(num_ranks: int):
     weights = tuple(Fraction(part + 1) for part in range(num_ranks))
     plans.append(toy_plan(graph, num_ranks, weights=weights, steps=5))
     plans.append(toy_plan(graph, num_ranks, steps=5, layers_per_bucket=2))
+    for policy in ("corrected", "residual_int4"):
+        plans.append(
+            toy_plan(graph, num_ranks, policy=policy, steps=7, refresh=RefreshRule(max_late_steps=2))
+        )
     if num_ranks % 2 == 0:
         plans.append(toy_plan(graph, num_ranks, cfg_split=True, steps=5))
     return plans

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from distri.core.partition import SplitAxis
 from distri.core.policy import Policy, uniform_table
+from distri.core.refresh import RefreshRule
 from distri.errors import PartitionError
 from tests.toys import ToyShape, inputs_of, run_in_process, run_single, toy, toy_plan
 
@@ -132,3 +133,30 @@ def test_two_sessions_live_in_one_process_and_leave_no_trace():
         assert torch.allclose(outputs[-1], run_single(model, plan)[-1], atol=TOLERANCE)
     assert list(first.state_dict()) == keys
     assert not any(hasattr(module, "_diffusers_hook") for module in first.modules())
+
+
+@pytest.mark.parametrize("policy", ["corrected", "extrapolated", "residual_int4"])
+def test_a_refresh_at_every_step_equals_the_single_device(policy):
+    model, graph = toy()
+    plan = toy_plan(graph, 3, policy=policy, steps=5, refresh=RefreshRule(max_change=0.0))
+    for ours, theirs in zip(run_in_process(model, plan), run_single(model, plan), strict=True):
+        assert torch.allclose(ours, theirs, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("policy", ["corrected", "extrapolated", "residual_int8"])
+def test_a_refreshed_step_equals_the_single_device_and_the_others_do_not(policy):
+    model, graph = toy()
+    plan = toy_plan(graph, 2, policy=policy, steps=7, refresh=RefreshRule(max_late_steps=2))
+    differences = [
+        float((ours - theirs).abs().max())
+        for ours, theirs in zip(run_in_process(model, plan), run_single(model, plan), strict=True)
+    ]
+    assert [difference < TOLERANCE for difference in differences] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
