@@ -16,7 +16,7 @@ import click
 from distri import __version__
 from distri.errors import RunError, UserError
 
-COMMANDS = ("plan", "run", "compare", "evaluate", "graph", "hardware", "profile", "simulate")
+COMMANDS = ("plan", "run", "compare", "evaluate", "graph", "hardware", "profile", "simulate", "validate", "calibrate")
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 

@@ -82,12 +82,12 @@ def _counts(most: int) -> list[int]:
 def request_of(plan: Plan, devices: int) -> PlanRequest:
     """The request that makes a plan like this one for another number of devices."""
     return PlanRequest(
-        plan.image,
-        devices,
-        None if plan.mesh.cfg == 2 else False,
-        plan.policy,
-        max(1, plan.warmup_steps),
-        plan.partition.axis if plan.partition.axis is not SplitAxis.GRID else SplitAxis.ROWS,
+        image=plan.image,
+        num_ranks=devices,
+        cfg_split=None if plan.mesh.cfg == 2 else False,
+        policy=plan.policy,
+        warmup_steps=max(1, plan.warmup_steps),
+        axis=plan.partition.axis if plan.partition.axis is not SplitAxis.GRID else SplitAxis.ROWS,
         dtype=plan.dtype,
         pattern=plan.pattern,
     )
@@ -173,7 +173,7 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
     lanes, places = _lanes(timeline)
     labels: dict[str, int] = {}
     visits = _shown_visits(timeline)
-    spans = []
+    spans: list[tuple[int, float, float, int, int, float]] = []
     shown: dict[int, int] = {}
     for number, span in enumerate(timeline.spans):
         if span.visit in visits and span.end_ns > span.start_ns:
@@ -189,7 +189,7 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
             label = labels.setdefault(f"{load.bytes_per_s / 1e9:.4g} GB/s", len(labels))
             share = round(load.bytes_per_s / capacity, 3)
             spans.append((place, _us(load.start_ns), _us(load.end_ns), _LINK_KIND, label, share))
-    flows = []
+    flows: list[tuple[int, float, int, float]] = []
     for reading in timeline.readings():
         if reading.source in shown and reading.target in shown and len(flows) < MOST_FLOWS:
             source, target = timeline.spans[reading.source], timeline.spans[reading.target]
