@@ -19,6 +19,8 @@ from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import policy_table
+from distri.core.refresh import RefreshRule
+from distri.errors import PolicyError
 from distri.quality import Picture, psnr_db, seam_visibility, ssim
 
 if TYPE_CHECKING:
@@ -29,7 +31,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to draw: every combination of the tuples. `modes` are policy tables by name, with `@cols` for columns."""
+    """What to draw: every combination of the tuples.
+
+    A mode is a policy table's name, with `@cols` for columns, `+every=K` or `+above=X` for a refresh rule.
+    """
 
     model: str
     prompts: tuple[str, ...]
@@ -180,6 +185,7 @@ def _report(progress: Progress | None, done: int, total: int) -> int:
 
 def plan_of(request: EvaluationRequest, graph: LayerGraph, mode: str, ranks: int, steps: int) -> Plan:
     """The plan of one setting; guidance is not split, so that `ranks` counts patches."""
+    mode, *rules = mode.split("+")
     name, _, axis = mode.partition("@")
     image = ImageRequest(request.height, request.width, steps, request.guidance_scale > 1)
     return make_plan(
@@ -191,9 +197,27 @@ def plan_of(request: EvaluationRequest, graph: LayerGraph, mode: str, ranks: int
             warmup_steps=min(request.warmup_steps, max(1, steps // 2)),
             axis=SplitAxis(axis or "rows"),
             dtype=request.dtype,
+            refresh=refresh_of(rules),
         ),
         graph,
     )
+
+
+def refresh_of(rules: Sequence[str]) -> RefreshRule | None:
+    """The refresh rule of a mode's `every=K` and `above=X`.
+
+    Raises:
+        PolicyError: it is neither.
+    """
+    values = dict(rule.partition("=")[::2] for rule in rules)
+    try:
+        every = int(values.pop("every")) if "every" in values else None
+        above = float(values.pop("above")) if "above" in values else None
+    except ValueError as error:
+        raise PolicyError(f"a mode's refresh is a number, as in corrected+every=4: {error}") from error
+    if values:
+        raise PolicyError(f"unknown refresh {', '.join(values)!r}; known: every=K, above=X")
+    return RefreshRule(above, every) if rules else None
 
 
 @dataclass(frozen=True)

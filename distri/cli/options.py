@@ -15,6 +15,7 @@ from distri.core.partition import SplitAxis
 from distri.core.plan import DTYPE_BYTES, ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import builtin_tables, policy_table
+from distri.core.refresh import RefreshRule
 from distri.errors import PlanError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 RUN_DTYPES = tuple(name for name in DTYPE_BYTES if name.startswith(("float16", "float32", "bfloat")))
 CFG_SPLITS = {"auto": None, "on": True, "off": False}
-IN_PLAN = ("cfg_split", "policy", "split", "bands", "warmup_steps", "dtype")
+IN_PLAN = ("cfg_split", "policy", "split", "bands", "warmup_steps", "refresh_above", "refresh_every", "dtype")
 """Flags that a plan from a file already answers."""
 
 
@@ -101,6 +102,18 @@ def plan_options(default_model: str, default_gpus: int) -> Callable[[F], F]:
             default=PlanRequest.warmup_steps,
             show_default=True,
             help="First steps, at which ranks wait for each other.",
+        ),
+        click.option(
+            "--refresh-above",
+            type=click.FloatRange(min=0.0),
+            metavar="X",
+            help="Spend a synchronous step wherever the latent's relative change exceeds X.",
+        ),
+        click.option(
+            "--refresh-every",
+            type=click.IntRange(min=1),
+            metavar="K",
+            help="Spend a synchronous step after every K displaced ones.",
         ),
         click.option(
             "--cfg-split",
@@ -228,7 +241,14 @@ def plan_request_from(flags: Mapping[str, Any]) -> PlanRequest:
         axis=SplitAxis(flags["split"]),
         weights=flags["bands"],
         dtype=flags["dtype"] or own.dtype,
+        refresh=refresh_rule_of(flags),
     )
+
+
+def refresh_rule_of(flags: Mapping[str, Any]) -> RefreshRule | None:
+    """The rule that the flags describe; None if they describe none."""
+    above, every = flags["refresh_above"], flags["refresh_every"]
+    return RefreshRule(above, every) if above is not None or every is not None else None
 
 
 def plan_from_file(path: Path, flags: Mapping[str, Any], ctx: click.Context) -> Plan:

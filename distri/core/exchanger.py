@@ -65,7 +65,7 @@ class Exchanger(Generic[T]):
         self._transport.begin_image()
 
     def begin_step(self, phase: Phase | None = None) -> int:
-        """Start the next step; returns its number. `phase` is the plan's warm-up's unless a refresh decided otherwise."""
+        """Start the next step, in the phase of the plan's warm-up unless a refresh decided otherwise."""
         self.step += 1
         self.phase = phase or phase_of(self.step, self.plan.warmup_steps)
         self._met = 0

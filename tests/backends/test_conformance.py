@@ -35,10 +35,9 @@ def plans_for(num_ranks: int):
     weights = tuple(Fraction(part + 1) for part in range(num_ranks))
     plans.append(toy_plan(graph, num_ranks, weights=weights, steps=5))
     plans.append(toy_plan(graph, num_ranks, steps=5, layers_per_bucket=2))
-    for policy in ("corrected", "residual_int4"):
-        plans.append(
-            toy_plan(graph, num_ranks, policy=policy, steps=7, refresh=RefreshRule(max_late_steps=2))
-        )
+    rule = RefreshRule(max_late_steps=2)
+    refreshed = ("corrected", "residual_int4")
+    plans.extend(toy_plan(graph, num_ranks, policy=policy, steps=7, refresh=rule) for policy in refreshed)
     if num_ranks % 2 == 0:
         plans.append(toy_plan(graph, num_ranks, cfg_split=True, steps=5))
     return plans

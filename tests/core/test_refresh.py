@@ -38,5 +38,5 @@ def test_a_change_that_is_not_a_number_is_not_taken_for_a_small_one():
 
 @pytest.mark.parametrize("rule", [{"max_change": -1.0}, {"max_change": float("nan")}, {"max_late_steps": 0}])
 def test_impossible_rules_are_refused(rule):
-    with pytest.raises(PlanError, match="cannot be negative|at least 1"):
+    with pytest.raises(PlanError, match=r"cannot be negative|at least 1"):
         RefreshRule(**rule)
