@@ -1,0 +1,174 @@
+"""What a plan means, written a second time: slow, in float64, and with nothing of `distri.nn` in it.
+
+Every layer's input is kept whole, for every step, as its owners computed it. What a rank sees of it is a picture of
+its own: its own region of this step, the others' regions of the step that the policy names. The layer is applied to
+that whole picture and the rank's region of the result is cut out. So there are no halos here, no messages, no merging
+of moments and no buffers: only the contract.
+
+Shapes: B batch, C channels, H rows, W columns, N tokens, D channels of tokens, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Array = np.ndarray
+Slices = tuple[slice, slice]
+
+
+def convolved(x_BCHW, weight, bias, stride=1, dilation=1):
+    """A convolution with as much zero padding as keeps the size (before the stride)."""
+    down, across = weight.shape[2:]
+    rows, cols = x_BCHW.shape[2:]
+    top, left = dilation * (down - 1) // 2, dilation * (across - 1) // 2
+    padded = np.pad(x_BCHW, ((0, 0), (0, 0), (top, top), (left, left)))
+    total = 0.0
+    for i in range(down):
+        for j in range(across):
+            view = padded[:, :, i * dilation : i * dilation + rows, j * dilation : j * dilation + cols]
+            total = total + np.einsum("oc,bchw->bohw", weight[:, :, i, j], view[:, :, ::stride, ::stride])
+    return total + bias[:, None, None]
+
+
+def softmax(scores):
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def attended(queries_BND, keys_BTD, values_BTD, heads):
+    def split(x):
+        return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+    queries, keys, values = map(split, (queries_BND, keys_BTD, values_BTD))
+    weights = softmax(queries @ keys.transpose(0, 1, 3, 2) / np.sqrt(queries.shape[-1]))
+    mixed = weights @ values
+    return mixed.transpose(0, 2, 1, 3).reshape(queries_BND.shape)
+
+
+def tokens(x_BCHW):
+    return x_BCHW.reshape(*x_BCHW.shape[:2], -1).transpose(0, 2, 1)
+
+
+@dataclass
+class Oracle:
+    """A toy denoiser under a plan: `weights` by parameter, `patches` as ((top, bottom), (left, right)).
+
+    policies: (during warm-up, afterwards) of each layer that exchanges anything, by name.
+    """
+
+    weights: Mapping[str, Array]
+    stride: int
+    dilation: int
+    groups: int
+    has_attention: bool
+    patches: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    policies: Mapping[str, tuple[str, str]]
+    warmup_steps: int
+    whole: dict[tuple[str, int], Array] = field(default_factory=dict)
+    """The whole input of a layer at a step, each region as its owner computed it."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the layers know of other ranks at all: otherwise each patch is a picture of its own."""
+        return any(policy != "local" for pair in self.policies.values() for policy in pair)
+
+    def region(self, rank: int, level: int) -> Slices:
+        (top, bottom), (left, right) = self.patches[rank]
+        return slice(top // level, -(-bottom // level)), slice(left // level, -(-right // level))
+
+    def seen(self, layer: str, step: int, rank: int, level: int) -> tuple[Array, Array]:
+        """What this rank sees of a layer's whole input, and where it sees anything (H, W)."""
+        now = self.whole[layer, step]
+        own = self.region(rank, level)
+        policy = self.policies.get(layer, ("local", "local"))[step >= self.warmup_steps]
+        if policy == "local":
+            picture, visible = np.zeros_like(now), np.zeros(now.shape[2:], bool)
+        else:
+            picture, visible = self.others(layer, step, policy).copy(), np.ones(now.shape[2:], bool)
+        picture[(..., *own)] = now[(..., *own)]
+        visible[own] = True
+        return picture, visible
+
+    def others(self, layer: str, step: int, policy: str) -> Array:
+        """The other ranks' values as they are read at this step."""
+        if policy == "fresh":
+            return self.whole[layer, step]
+        if policy == "frozen":
+            return self.whole[layer, self.warmup_steps - 1]
+        last = self.whole[layer, step - 1]
+        if policy == "extrapolated" and self.was_read(layer, step - 2):
+            return 2 * last - self.whole[layer, step - 2]
+        return last
+
+    def was_read(self, layer: str, version: int) -> bool:
+        """Whether a late layer has ever received this version."""
+        if self.policies[layer][0] == "fresh" and version >= 0:
+            return True
+        return version >= self.warmup_steps - 1 >= 0
+
+    def layer(
+        self, name: str, x_BCHW: Array, step: int, level: int, apply: Callable, out_level: int
+    ) -> Array:
+        """The whole output, put together from each rank's region of what it makes of what it sees."""
+        self.whole[name, step] = x_BCHW
+        result = None
+        for rank in range(len(self.patches)):
+            picture, visible = self.seen(name, step, rank, level)
+            made = apply(picture, visible, self.region(rank, level))
+            if result is None:
+                result = np.full_like(made, np.nan)
+            place = self.region(rank, out_level)
+            result[(..., *place)] = made[(..., *place)]
+        return result
+
+    def step(self, sample_BCHW: Array, text_BTD: Array, step: int) -> Array:
+        """The denoiser's output at a step."""
+        deep = self.stride
+        x = self.first(sample_BCHW, step)
+        x = self.layer("norm", x, step, 1, self.normalise, 1)
+        x = x / (1 + np.exp(-x))
+        x = self.layer("mid", x, step, 1, self.conv("mid", self.stride, self.dilation), deep)
+        if self.has_attention:
+            x = x + self.layer("attend", x, step, deep, self.attend, deep)
+            x = x + self.read(x, text_BTD)
+        x = x.repeat(deep, axis=2).repeat(deep, axis=3)
+        return self.layer("conv_out", x, step, 1, self.conv("conv_out"), 1)
+
+    def first(self, sample_BCHW: Array, step: int) -> Array:
+        """Every rank has the whole latent, if it knows of others at all."""
+        if self.is_split:
+            return self.conv("conv_in")(sample_BCHW)
+        return self.layer("conv_in", sample_BCHW, step, 1, self.conv("conv_in"), 1)
+
+    def conv(self, name: str, stride: int = 1, dilation: int = 1) -> Callable:
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return lambda picture, *_: convolved(picture, weight, bias, stride, dilation)
+
+    def normalise(self, picture: Array, visible: Array, _: Slices) -> Array:
+        batch, channels = picture.shape[:2]
+        grouped = picture.reshape(batch, self.groups, channels // self.groups, *visible.shape)
+        values = grouped[..., visible].reshape(batch, self.groups, -1)
+        mean, variance = values.mean(-1), values.var(-1)
+        spread = (slice(None), slice(None), None, None, None)
+        normal = ((grouped - mean[spread]) / np.sqrt(variance[spread] + 1e-5)).reshape(picture.shape)
+        return normal * self.weights["norm.weight"][:, None, None] + self.weights["norm.bias"][:, None, None]
+
+    def attend(self, picture: Array, visible: Array, own: Slices) -> Array:
+        known = tokens(picture)[:, visible.reshape(-1)]
+        return self.project("attend", picture, known)
+
+    def read(self, x_BCHW: Array, text_BTD: Array) -> Array:
+        return self.project("read", x_BCHW, text_BTD)
+
+    def project(self, name: str, x_BCHW: Array, known_BTD: Array) -> Array:
+        def linear(part, value):
+            return value @ self.weights[f"{name}.{part}.weight"].T
+
+        mixed = attended(
+            linear("to_q", tokens(x_BCHW)), linear("to_k", known_BTD), linear("to_v", known_BTD), 2
+        )
+        out = linear("to_out.0", mixed) + self.weights[f"{name}.to_out.0.bias"]
+        return out.transpose(0, 2, 1).reshape(x_BCHW.shape)
