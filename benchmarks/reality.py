@@ -241,7 +241,7 @@ def run_as_rank(arguments: Mapping[str, Any]) -> None:
     import torch.distributed as dist
 
     from distri.backends.torch_distributed import TorchBackend
-    from distri.profiler.models import build_hollow, config_of, fill, step_arguments
+    from distri.profiler.models import build_hollow, fill, step_arguments
     from distri.session import Session
 
     body = json.loads(Path(arguments["file"]).read_text(encoding="utf-8"))
@@ -249,7 +249,7 @@ def run_as_rank(arguments: Mapping[str, Any]) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    model = fill(build_hollow(config_of("demo")), device, torch.float32)
+    model = fill(build_hollow("demo"), device, torch.float32)
     rows, cols = plan.latent.rows.size, plan.latent.cols.size
     inputs = step_arguments(model, plan.image.batch, rows, cols, device, torch.float32)
     seconds = []

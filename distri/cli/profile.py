@@ -193,8 +193,6 @@ def _ms(seconds: float) -> str:
 def _links(num_ranks: int, output: Path | None, as_json: bool) -> None:
     import os
 
-    import torch
-
     from distri.config.hardware import parse_cluster
     from distri.profiler.hardware_file import Provenance, hardware_text
     from distri.profiler.links import probe_links
@@ -206,7 +204,7 @@ def _links(num_ranks: int, output: Path | None, as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_name()
     name = output.stem if output is not None else "this-machine"
     text = hardware_text(probe, Provenance(device, created, _command()), name)
     parse_cluster(text)

@@ -45,11 +45,7 @@ def capture_unet(
     """
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise ModelError(f"{name}: a UNet2DConditionModel is required, not {config['_class_name']}")
-    try:
-        with torch.device("meta"):
-            model = UNet2DConditionModel.from_config(dict(config))
-    except (TypeError, ValueError, KeyError) as error:
-        raise ModelError(f"{name}: not a usable UNet config: {error}") from error
+    model = hollow_unet(name, config)
     chosen = probe or Probe(factor=2 ** (len(model.config["block_out_channels"]) - 1))
     return capture(
         name,
@@ -60,3 +56,16 @@ def capture_unet(
         vae_factor=vae_factor,
         probe=chosen,
     )
+
+
+def hollow_unet(name: str, config: Mapping[str, Any]) -> Any:
+    """The UNet of a config, on the meta device: no memory for its weights.
+
+    Raises:
+        ModelError: the config does not describe one.
+    """
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(dict(config))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ModelError(f"{name}: not a usable UNet config: {error}") from error

@@ -7,6 +7,8 @@ import os
 import statistics
 from dataclasses import dataclass
 
+from distri.config.hardware import list_hardware
+from distri.config.marked_yaml import read_marked
 from distri.profiler.links import LinkProbe, LinkReading
 
 LONGEST_LANE_S = 0.009
@@ -100,15 +102,8 @@ def _link(rank: int, reading: LinkReading) -> str:
 
 def _model_text(num_ranks: int) -> str:
     """The shipped model of a core, with this machine's memory; its rates are assumed until a profile answers."""
-    from importlib import resources
-
-    import yaml
-
-    text = (resources.files("distri.simulator") / "data" / "hardware" / "cpu-gloo.yaml").read_text(
-        encoding="utf-8"
-    )
-    model = yaml.safe_load(text)["device_models"]["cpu-core"]
+    (base,) = (entry.path for entry in list_hardware() if entry.name == "cpu-gloo")
+    model = read_marked(base).value["device_models"]["cpu-core"]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_ranks
     model["memory_bytes"] = {"value": memory, "tag": "measured", "source": "machine"}
-    body = yaml.safe_dump(model, sort_keys=False, default_flow_style=None, width=120)
-    return "".join(f"    {line}\n" for line in body.splitlines())
+    return "".join(f"    {key}: {json.dumps(value)}\n" for key, value in model.items())

@@ -25,7 +25,7 @@ from distri.core.plan import Plan
 from distri.models.presets import load_graph
 from distri.profiler.calls import CallMaker
 from distri.profiler.instant import InstantBackend
-from distri.profiler.models import build_hollow, config_of, fill, fits, heads_of, step_arguments
+from distri.profiler.models import build_hollow, fill, fits, heads_of, step_arguments
 from distri.profiler.subjects import StepSubject, Subject, distinct_operations, distinct_steps, operations_of
 from distri.profiler.timing import Timing, time_calls
 from distri.session import Session
@@ -111,7 +111,7 @@ class _Bench:
         self._place = place
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._shares_cores = request.num_beside * request.num_threads > max(cores, os.cpu_count() or 1)
-        self._hollow = build_hollow(config_of(request.model))
+        self._hollow = build_hollow(request.model)
         if request.num_beside > 1:
             dist.init_process_group("gloo")
 
@@ -197,8 +197,10 @@ def time_steps(
     return statistics.fmean(readings) if use_mean else statistics.median(readings)
 
 
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+def device_name(device: torch.device | None = None) -> str:
+    """What a device calls itself; the one that a profile would be of, if none is given."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:

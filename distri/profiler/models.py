@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from distri.models.capture import Probe
 from distri.models.demo import checkpoint_path
 from distri.models.presets import DATA, PRESETS, read_unet_config
-from distri.models.unet import unet_arguments
+from distri.models.unet import hollow_unet, unet_arguments
 from distri.profiler.subjects import TEXT_TOKENS
 
 LARGEST_CPU_BYTES = 4 * 2**30
@@ -29,10 +27,9 @@ def config_of(model: str) -> dict[str, Any]:
     return read_unet_config(str(checkpoint_path()) if model == "demo" else model)
 
 
-def build_hollow(config: Mapping[str, Any]) -> nn.Module:
-    """The UNet without memory for its weights."""
-    with torch.device("meta"):
-        hollow: nn.Module = UNet2DConditionModel.from_config(dict(config))
+def build_hollow(model: str) -> nn.Module:
+    """The UNet of a preset or a directory, without memory for its weights."""
+    hollow: nn.Module = hollow_unet(model, config_of(model))
     return hollow.eval()
 
 
