@@ -21,7 +21,7 @@ from distri.core.ops.conv2d import ConvGeometry
 from distri.core.partition import SplitAxis
 from distri.core.plan import Exchange, ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
-from distri.core.policy import ExchangeKind, Policy, policy_table
+from distri.core.policy import ExchangeKind, Phase, Policy, PolicyRule, PolicyTable, policy_table
 from distri.core.program import awaited_version
 from distri.core.traffic import messages
 from distri.errors import UserError
@@ -69,7 +69,7 @@ def toy_plan(case: dict[str, Any]) -> Plan:
             ImageRequest(case.get("height", 96), case.get("width", 64), case.get("steps", STEPS)),
             case["ranks"],
             case.get("cfg_split", False),
-            policy_table(case.get("policy", "corrected")),
+            _table(case),
             case.get("warmup", 2),
             SplitAxis(case.get("axis", "rows")),
             weights,
@@ -77,6 +77,12 @@ def toy_plan(case: dict[str, Any]) -> Plan:
         ),
         toy_graph(),
     )
+
+
+def _table(case: dict[str, Any]) -> PolicyTable:
+    kinds = [ExchangeKind(kind) for kind in case.get("local_warmup", ())]
+    rules = tuple(PolicyRule(kind, Phase.WARMUP, Policy.LOCAL) for kind in kinds)
+    return policy_table(case.get("policy", "corrected")).with_rules(rules)
 
 
 class Oracle:
@@ -108,9 +114,9 @@ class Oracle:
             self._piece(exchange, rank, step, m.rect) for m in self._messages(exchange) if m.source == own
         ]
 
-    def seen(self, exchange: Exchange, rank: int, step: int) -> list[Tensor] | None:
+    def seen(self, exchange: Exchange, rank: int, step: int, phase: Phase) -> list[Tensor] | None:
         """What a layer must collect: own values of `step`, the others' of the version that the policy names."""
-        version = awaited_version(self.plan, exchange, step)
+        version = awaited_version(self.plan, exchange, step, phase)
         if version is None:
             return None
         own, peers = self.plan.mesh.patch_of(rank), self.plan.mesh.peers(rank)
@@ -157,7 +163,7 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
         exchanger.begin_image()
         kept: Kept = {}
         for step in range(plan.image.num_inference_steps):
-            exchanger.begin_step()
+            exchanger.begin_step(Phase.WARMUP if step in case.get("refreshed", ()) else None)
             kept = _one_step(plan, exchanger, oracle, step, delay if case.get("delays") else None, kept)
             allocations.append(transport.arena.num_allocations)
             places.append([t.data_ptr() for t in transport.arena.whole.values()])
@@ -185,7 +191,7 @@ def _one_step(
         if delay is not None and delay.random() < 0.3:
             time.sleep(delay.random() * 0.01)
         exchanger.publish(exchange.layer, oracle.sent(exchange, rank, step))
-        seen, expected = exchanger.collect(exchange.layer), oracle.seen(exchange, rank, step)
+        seen, expected = exchanger.collect(exchange.layer), oracle.seen(exchange, rank, step, exchanger.phase)
         place = f"rank {rank}: step {step}, {exchange.layer}"
         if seen is None or expected is None:
             assert seen is None, place

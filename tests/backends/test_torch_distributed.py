@@ -50,6 +50,8 @@ CASES = {
         {"policy": "local"},
         {"steps": 2, "warmup": 2},
         {"cfg_split": True},
+        {"refreshed": [3, 5, 6], "steps": 8, "delays": True},
+        {"refreshed": [4], "local_warmup": ["halo"], "layers_per_bucket": 60},
     ],
     3: [
         {"weights": [3, 1, 2], "delays": True, "images": 2},
@@ -57,6 +59,7 @@ CASES = {
         {"policy": "fresh"},
         {"policy": "no_sync", "warmup": 3},
         {"policy": "extrapolated", "delays": True},
+        {"refreshed": [4], "local_warmup": ["context", "moments"], "delays": True},
     ],
     4: [
         {"axis": "grid", "layers_per_bucket": 2},
@@ -220,8 +223,7 @@ def test_adjacent_layers_are_one_message():
 
 def test_buckets_of_a_steady_step_are_those_of_the_plan():
     plan = toy_plan({"ranks": 2, "layers_per_bucket": 4})
-    members = [Routes(plan, 0).late_members(3, bucket) for bucket in range(plan.num_buckets)]
-    assert [layer for bucket in members for layer in bucket] == [
-        e.layer for e in plan.exchanges if e.bucket is not None
-    ]
-    assert max(map(len, members)) == 4
+    ends = Routes(plan, 0).last_of_bucket
+    by_layer = plan.by_layer
+    assert [by_layer[layer].bucket for layer in ends.values()] == list(range(plan.num_buckets))
+    assert all(e.index <= by_layer[ends[e.bucket]].index for e in plan.exchanges if e.bucket is not None)

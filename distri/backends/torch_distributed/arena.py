@@ -75,7 +75,7 @@ class Arena:
         self._blocks: dict[tuple[int, int, bool], dict[int, Block]] = {}
         self._stacks: dict[tuple[int, int], tuple[Line, dict[str, tuple[int, int]]]] = {}
         self._group_of = {route.key: place for place, group in enumerate(routes.groups) for route in group}
-        self._parcels: dict[tuple[tuple[str, ...], int, bool], Parcel] = {}
+        self._parcels: dict[tuple[tuple[str, ...], int, bool, frozenset[str]], Parcel] = {}
         self._shares: dict[tuple[str, int, int], Tensor] = {}
         with torch.inference_mode(False):  # what is made in inference mode could not be written outside of it
             for place, group in enumerate(routes.groups):
@@ -109,12 +109,17 @@ class Arena:
         """One patch's share of a context."""
         return self._shares[key, slot, patch]
 
-    def parcel(self, keys: tuple[str, ...], slot: int, is_late: bool) -> Parcel:
-        """What carries the versions of `slot` of these routes, all of one group and in the plan's order."""
-        name = (keys, slot, is_late)
+    def parcel(
+        self, keys: tuple[str, ...], slot: int, is_late: bool, resting: frozenset[str] = frozenset()
+    ) -> Parcel:
+        """What carries the versions of `slot` of these routes, all of one group and in the plan's order.
+
+        resting: the contexts of which only near shares travel this time.
+        """
+        name = (keys, slot, is_late, resting)
         if name not in self._parcels:
             with torch.inference_mode(False):
-                self._parcels[name] = self._cut(keys, slot, is_late)
+                self._parcels[name] = self._cut(keys, slot, is_late, resting)
         return self._parcels[name]
 
     def _new(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -191,7 +196,7 @@ class Arena:
             shape = route.exchange.shape
             self.lines[route.key, slot] = _each(line, spans[route.key], shape)
 
-    def _cut(self, keys: tuple[str, ...], slot: int, is_late: bool) -> Parcel:
+    def _cut(self, keys: tuple[str, ...], slot: int, is_late: bool, resting: frozenset[str]) -> Parcel:
         place = self._group_of[keys[0]]
         sends = self._halo_runs(place, slot, keys, True)
         receives = self._halo_runs(place, slot, keys, False)
@@ -199,8 +204,9 @@ class Arena:
         for key in keys:
             if self._routes.by_key[key].shares:
                 from_slot = self.own_slot(key, slot, is_late)
+                reach = self._routes.by_key[key].exchange.reach if key in resting else None
                 for peer in range(self._routes.parts):
-                    if peer != patch:
+                    if peer != patch and (reach is None or abs(peer - patch) <= reach.near):
                         sends.append((self.share(key, from_slot, patch), peer))
                         receives.append((self.share(key, slot, peer), peer))
         return Parcel(tuple(sends), tuple(receives), self._line_runs(place, slot, keys))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from distri.core.codec import Codec
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy
-from distri.core.program import is_published, travels_in_bucket
 from distri.core.traffic import Message, message_bytes, messages_of, num_channels
 
 
@@ -72,30 +72,15 @@ class Routes:
         depth_of = {route.key: max(r.depth for r in group) for group in self.groups for route in group}
         self.by_key = {r.key: dataclasses.replace(r, depth=depth_of[r.key]) for r in routes}
         self.groups = [[self.by_key[route.key] for route in group] for group in self.groups]
-        self._late: dict[int, dict[int, tuple[str, ...]]] = {}
 
     def of(self, exchange: Exchange, is_late: bool) -> Route:
         """The route of a value."""
         return self.by_key[_key(exchange, is_late and exchange.codec is not Codec.NONE)]
 
-    def late_members(self, version: int, bucket: int) -> tuple[str, ...]:
-        """Keys of the routes whose values of `version` travel in `bucket`, in the plan's order: as on every rank."""
-        kind_of_step = min(version, self.plan.warmup_steps)  # all steady steps that publish are alike
-        if kind_of_step not in self._late:
-            self._late[kind_of_step] = self._members(version)
-        return self._late[kind_of_step][bucket]
-
-    def _members(self, version: int) -> dict[int, tuple[str, ...]]:
-        members: dict[int, tuple[str, ...]] = {}
-        for key, route in self.by_key.items():
-            bucket = travels_in_bucket(self.plan, route.exchange, version)
-            if (
-                bucket is not None
-                and route.bucket == bucket
-                and is_published(self.plan, route.exchange, version)
-            ):
-                members[bucket] = (*members.get(bucket, ()), key)
-        return members
+    @cached_property
+    def last_of_bucket(self) -> dict[int, str]:
+        """The key of each bucket's last route: when its value was handed over, the message leaves."""
+        return {route.bucket: key for key, route in self.by_key.items() if route.bucket is not None}
 
 
 def _is_served(plan: Plan, exchange: Exchange) -> bool:

@@ -22,7 +22,7 @@ from distri.backends.torch_distributed.wire import Addressed, Parcel, Wire
 from distri.core.buffers import VersionedBuffer
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
-from distri.core.staleness import check_version
+from distri.core.staleness import check_version, version_from
 from distri.errors import RunError, ScheduleMismatchError
 
 
@@ -58,6 +58,16 @@ class _Delivery:
     slot: int
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A bucket that is being filled: the keys of the routes in it so far."""
+
+    ticket: Ticket
+    version: int
+    slot: int
+    keys: list[str]
+
+
 class TorchTransport:
     """Implements `distri.core.exchanger.Transport` for tensors.
 
@@ -85,7 +95,7 @@ class TorchTransport:
         self._step = 0
         self._layer = ""
         self._held = VersionedBuffer[_Delivery]()
-        self._open: dict[int, Ticket] = {}
+        self._open: dict[int, _Open] = {}
         self._slot_users: dict[tuple[str, int], Ticket] = {}
         self._slot_versions: dict[tuple[str, int], int] = {}
         self._share_users: dict[tuple[str, int], Ticket] = {}
@@ -106,7 +116,7 @@ class TorchTransport:
     def begin_image(self) -> None:
         """Forget all versions of the last image, after the messages under way have arrived."""
         for ticket in [*self._slot_users.values(), *self._share_users.values()]:
-            if ticket not in self._open.values():
+            if all(ticket is not bucket.ticket for bucket in self._open.values()):
                 self.await_ticket(ticket, "the end of the last image")
         self._held.clear()
         self._open.clear()
@@ -117,7 +127,7 @@ class TorchTransport:
         self._step, self._layer = 0, ""
 
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
-        """Pack a value; it leaves at once, or with the last value of its bucket."""
+        """Pack a value; it leaves at once, or with its bucket: when that is full, at the latest when the step ends."""
         self._step, self._layer = version, exchange.layer
         route = self.routes.of(exchange, is_late=bucket is not None)
         slot = version % route.depth
@@ -129,12 +139,12 @@ class TorchTransport:
             )
             self._hold(route, version, slot, ticket, is_late=False)
             return
-        promise = self._open.get(bucket) or self._open.setdefault(bucket, self._links.late.promise())
-        self._hold(route, version, slot, promise, is_late=True)
-        members = self.routes.late_members(version, bucket)
-        if route.key == members[-1]:
-            del self._open[bucket]
-            self._dispatch(self._links.late, self._links.late_wire, members, slot, True, promise)
+        if bucket not in self._open:
+            self._open[bucket] = _Open(self._links.late.promise(), version, slot, [])
+        self._open[bucket].keys.append(route.key)
+        self._hold(route, version, slot, self._open[bucket].ticket, is_late=True)
+        if route.key == self.routes.last_of_bucket[bucket]:
+            self._flush(bucket)
 
     def receive(self, exchange: Exchange, version: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
         """Wait for exactly this version of the others' values.
@@ -161,6 +171,8 @@ class TorchTransport:
     def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
         """Every rank's output of this version, in rank order; the others' are valid until the next gather."""
         self._step, self._layer = version, exchange.layer
+        for bucket in sorted(self._open):
+            self._flush(bucket)
         if self.plan.mesh.size == 1:
             return [own]
         if self._output is None:
@@ -182,6 +194,20 @@ class TorchTransport:
         if route.shares:
             self._share_users[route.key, self.arena.own_slot(route.key, slot, is_late)] = ticket
 
+    def _flush(self, bucket: int) -> None:
+        """Let a bucket go with what it has: all of its layers, or those that published at this step."""
+        full = self._open.pop(bucket)
+        resting = frozenset(key for key in full.keys if self._rests(key, full.version))
+        self._dispatch(
+            self._links.late, self._links.late_wire, tuple(full.keys), full.slot, True, full.ticket, resting
+        )
+
+    def _rests(self, key: str, version: int) -> bool:
+        """Whether only near shares of this version travel."""
+        reach = self.routes.by_key[key].exchange.reach
+        far = self.plan.mesh.patch
+        return reach is not None and version_from(reach, far, version, self.plan.warmup_steps) != version
+
     def _dispatch(
         self,
         lane: Lane,
@@ -190,8 +216,9 @@ class TorchTransport:
         slot: int,
         is_late: bool,
         promise: Ticket | None,
+        resting: frozenset[str] = frozenset(),
     ) -> Ticket:
-        parcel: Parcel = self.arena.parcel(layers, slot, is_late)
+        parcel: Parcel = self.arena.parcel(layers, slot, is_late, resting)
         self.stats.num_parcels += 1
         self.stats.bytes_received += parcel.num_bytes
         patch, parts = self.routes.patch, self.routes.parts
