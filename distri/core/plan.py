@@ -13,7 +13,7 @@ from distri.core.codec import Codec
 from distri.core.mesh import Mesh
 from distri.core.ops.conv2d import ConvGeometry
 from distri.core.partition import Grain, Partition
-from distri.core.policy import ExchangeKind, Phase, Policy, PolicyTable
+from distri.core.policy import ExchangeKind, Phase, Policy, PolicyTable, Reach
 from distri.core.refresh import RefreshRule
 from distri.core.shape import Extent, Rect, full_rect
 
@@ -59,7 +59,8 @@ class Exchange:
 
     shape: the whole picture's value at one rank of the guidance mesh: (batch, channels, rows, columns) for `halo` and
     `output`, (batch, groups, 3) for `moments`, (tokens, batch, keys and values) for `context`. level: how far that is
-    downsampled. codec: how late values are written. bucket: the message it travels in once the phase is steady; None
+    downsampled. codec: how late values are written. reach: which context
+    rests. bucket: the message it travels in once the phase is steady; None
     if it travels alone or not at all.
     """
 
@@ -69,6 +70,7 @@ class Exchange:
     warmup: Policy
     steady: Policy
     codec: Codec
+    reach: Reach | None
     dtype: str
     shape: tuple[int, ...]
     level: int

@@ -26,7 +26,7 @@ from distri.core.plan import (
 )
 from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, PolicyTable, policy_table
 from distri.core.refresh import RefreshRule
-from distri.core.shape import Extent
+from distri.core.shape import Extent, ceil_div
 from distri.errors import PlanError
 
 TEXT_TOKENS = 77
@@ -157,6 +157,8 @@ def check_warmup(request: PlanRequest, mesh: Mesh) -> int:
             f"policy {request.policy.name!r} reads the previous step, which step 0 does not have; "
             "use --warmup-steps 1 or more"
         )
+    if request.refresh is not None and any(rule.reach is not None for rule in request.policy.rules):
+        raise PlanError("a refresh rule and a policy whose far context rests cannot be combined; choose one")
     if request.refresh is not None and any(rule.policy is Policy.FROZEN for rule in request.policy.rules):
         raise PlanError(
             f"policy {request.policy.name!r} sends nothing after warm-up, so it cannot be refreshed"
@@ -230,6 +232,7 @@ def _make_exchange(
         warmup.policy,
         steady.policy,
         steady.codec,
+        steady.reach,
         dtype,
         shape,
         level,
@@ -246,14 +249,18 @@ def _make_exchange(
 def reception(
     plan: Plan, exchange: Exchange
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...]]:
-    """What each patch receives for one exchange in a steady step: from which patches, how many elements and bytes."""
+    """What each patch receives for one exchange in a steady step: from which patches, how many elements and bytes.
+
+    Messages that do not travel every step count with their share of a step, rounded up.
+    """
     parts = plan.mesh.patch
     sources: list[list[int]] = [[] for _ in range(parts)]
     elements, sizes = [0] * parts, [0] * parts
     for message in traffic.messages_of(exchange, plan.partition.patches):
         sources[message.reader].append(message.source)
-        elements[message.reader] += message.elements
-        sizes[message.reader] += traffic.message_bytes(exchange, message)
+        period = traffic.steps_between(exchange, message)
+        elements[message.reader] += ceil_div(message.elements, period)
+        sizes[message.reader] += ceil_div(traffic.message_bytes(exchange, message), period)
     if exchange.kind is ExchangeKind.OUTPUT and plan.mesh.cfg == 2:
         whole = exchange.shape[0] * exchange.shape[1] * plan.latent.area
         elements = [count + whole for count in elements]

@@ -50,6 +50,20 @@ READS_LATE = (Policy.STALE, Policy.CORRECTED, Policy.EXTRAPOLATED)
 
 
 @dataclass(frozen=True)
+class Reach:
+    """Partial context: neighbours up to `near` places away send every step, the others every `every` steps."""
+
+    near: int = 1
+    every: int = 4
+
+    def __post_init__(self) -> None:
+        if self.near < 0 or self.every < 1:
+            raise PolicyError(
+                f"a reach has near >= 0 and every >= 1, not near {self.near} and every {self.every}"
+            )
+
+
+@dataclass(frozen=True)
 class PolicyRule:
     """One line of a table: the first rule that matches decides. `codec` is how late values are written on the wire."""
 
@@ -58,8 +72,15 @@ class PolicyRule:
     policy: Policy
     layers: str = "*"
     codec: Codec = Codec.NONE
+    reach: Reach | None = None
 
     def __post_init__(self) -> None:
+        if self.reach is not None and (
+            self.kind is not ExchangeKind.CONTEXT
+            or self.policy is not Policy.STALE
+            or self.codec is not Codec.NONE
+        ):
+            raise PolicyError("a reach is for stale context without a codec")
         if self.policy is Policy.CORRECTED and self.kind is not ExchangeKind.MOMENTS:
             raise PolicyError(f"policy 'corrected' is for moments, not for {self.kind.value}")
         if self.phase is Phase.WARMUP and self.policy not in (Policy.FRESH, Policy.LOCAL):
@@ -118,6 +139,12 @@ def uniform_table(
     return PolicyTable(name, tuple(rules))
 
 
+def partial_table(reach: Reach) -> PolicyTable:
+    """`corrected` with far context only every few steps."""
+    far_rests = PolicyRule(ExchangeKind.CONTEXT, Phase.STEADY, Policy.STALE, reach=reach)
+    return PolicyTable("partial", (far_rests, *builtin_tables()["corrected"].rules))
+
+
 CODED = tuple(codec for codec in Codec if codec is not Codec.NONE)
 
 
@@ -153,7 +180,9 @@ def policy_table(name: str) -> PolicyTable:
     Raises:
         PolicyError: there is none of that name.
     """
+    if name == "partial":
+        return partial_table(Reach())
     tables = builtin_tables()
     if name not in tables:
-        raise PolicyError(f"unknown policy {name!r}; known: {', '.join(tables)}")
+        raise PolicyError(f"unknown policy {name!r}; known: {', '.join((*tables, 'partial'))}")
     return tables[name]

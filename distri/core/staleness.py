@@ -11,6 +11,7 @@ The contract, for step t counted from 0. A rank always sees its own value of ver
     stale        -                 exactly t - 1
     corrected    -                 exactly t - 1 (GroupNorm, see `distri.core.ops.group_norm`)
     extrapolated -                 exactly t - 1 and t - 2, carried forward to t
+    stale, with a reach: as stale for near patches; for far ones the last version sent, see `version_from`
     frozen       -                 the last warm-up step
     local        nothing           nothing
 
@@ -20,7 +21,7 @@ function of its plan and its inputs, whatever the network does.
 
 from __future__ import annotations
 
-from distri.core.policy import Phase, Policy
+from distri.core.policy import Phase, Policy, Reach
 from distri.errors import PolicyError, StaleReadError
 
 
@@ -84,6 +85,20 @@ def readers_of(
 def _reads(step: int, version: int, warmup: Policy, steady: Policy, warmup_steps: int) -> bool:
     policy = warmup if phase_of(step, warmup_steps) is Phase.WARMUP else steady
     return required_version(policy, step, warmup_steps) == version
+
+
+def version_from(reach: Reach | None, distance: int, version: int, warmup_steps: int) -> int:
+    """The version that a reader has of a context whose owner is `distance` places away, where `version` is required.
+
+    Without a reach, or near enough, that is `version` itself; farther away, the last version that was sent so far:
+    those of warm-up, and every `reach.every`-th after the last of these.
+
+    >>> [version_from(Reach(near=1, every=3), 2, version, warmup_steps=2) for version in range(9)]
+    [0, 1, 1, 1, 4, 4, 4, 7, 7]
+    """
+    if reach is None or distance <= reach.near or version < warmup_steps:
+        return version
+    return version - (version - (warmup_steps - 1)) % reach.every
 
 
 def check_version(layer: str, required: int, arrived: int) -> None:

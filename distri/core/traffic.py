@@ -46,6 +46,12 @@ def message_bytes(exchange: Exchange, message: Message, coded: bool = True) -> i
     return payload_bytes(codec, message.elements, num_channels(exchange), DTYPE_BYTES[exchange.dtype])
 
 
+def steps_between(exchange: Exchange, message: Message) -> int:
+    """How many steady steps lie between two messages of this kind: more than 1 for far context that rests."""
+    reach = exchange.reach
+    return reach.every if reach is not None and abs(message.source - message.reader) > reach.near else 1
+
+
 def num_channels(exchange: Exchange) -> int:
     """Channels that a codec scales one by one: those of every latent of the batch."""
     shape = exchange.shape

@@ -127,7 +127,12 @@ def policies_follow_table(plan: Plan) -> Iterator[str]:
     """Every exchange is served as the plan's own policy table says."""
     for e in plan.exchanges:
         warmup, steady = (plan.policy.rule(e.kind, phase, e.layer) for phase in (Phase.WARMUP, Phase.STEADY))
-        if (warmup.policy, steady.policy, steady.codec) != (e.warmup, e.steady, e.codec):
+        if (warmup.policy, steady.policy, steady.codec, steady.reach) != (
+            e.warmup,
+            e.steady,
+            e.codec,
+            e.reach,
+        ):
             yield f"{e.layer}: its policies differ from the plan's table"
 
 

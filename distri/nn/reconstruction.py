@@ -18,7 +18,8 @@ from torch import Tensor
 from distri.core.codec import Codec, payload_bytes
 from distri.core.exchanger import Transport
 from distri.core.plan import Exchange, Plan
-from distri.core.policy import ExchangeKind, Policy
+from distri.core.policy import ExchangeKind, Policy, Reach
+from distri.core.staleness import version_from
 from distri.core.traffic import part_shapes
 from distri.nn.codec import channels_last, decode, encode, restore
 
@@ -33,12 +34,14 @@ class Reconstruction:
         self._sent: dict[str, list[Tensor]] = {}
         self._rebuilt: dict[str, dict[int, list[Tensor]]] = {}
         self._late_versions: dict[str, deque[int]] = {}
+        self._far: dict[str, dict[int, Tensor]] = {}
 
     def begin_image(self) -> None:
         """Forget all running sums."""
         self._sent.clear()
         self._rebuilt.clear()
         self._late_versions.clear()
+        self._far.clear()
         self._inner.begin_image()
 
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
@@ -70,6 +73,8 @@ class Reconstruction:
     def receive(self, exchange: Exchange, version: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
         """The others' values as the layer is to use them."""
         extrapolated = exchange.steady is Policy.EXTRAPOLATED
+        if exchange.reach is not None:
+            return self._with_own(exchange, self._last_sent(exchange, exchange.reach, version, own), own)
         if exchange.codec is Codec.NONE and not extrapolated:
             return self._inner.receive(exchange, version, own)
         held = self._rebuilt.setdefault(exchange.layer, {})
@@ -83,6 +88,23 @@ class Reconstruction:
         if extrapolated and is_late and before is not None:
             values = [value + (value - earlier) for value, earlier in zip(values, before, strict=True)]
         return self._with_own(exchange, values, own)
+
+    def _last_sent(
+        self, exchange: Exchange, reach: Reach, version: int, own: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Every patch's share of a context of which far shares rest: those are kept here until they are sent again."""
+        whole = self._inner.receive(exchange, version, own)[0]
+        lengths = [shape[0] for shape in part_shapes(exchange, self._plan.partition.patches, self._patch)]
+        shares = _shares(whole, lengths)
+        kept = self._far.setdefault(exchange.layer, {})
+        for patch, share in enumerate(shares):
+            distance = abs(patch - self._patch)
+            if distance <= reach.near:
+                continue
+            if version_from(reach, distance, version, self._plan.warmup_steps) == version:
+                kept[patch] = share.clone()  # a backend may use its buffers again
+            shares[patch] = kept[patch]
+        return shares
 
     def _was_sent_late(self, exchange: Exchange, version: int) -> bool:
         """Whether all ranks sent this version behind computation: this one did, and they do alike."""

@@ -25,6 +25,7 @@ POLICIES = (
     "extrapolated",
     "int8",
     "residual_int4",
+    "partial",
 )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distri.core.partition import SplitAxis
-from distri.core.policy import Policy, uniform_table
+from distri.core.policy import ExchangeKind, Phase, Policy, PolicyRule, PolicyTable, Reach, uniform_table
 from distri.core.refresh import RefreshRule
 from distri.errors import PartitionError
 from tests.toys import ToyShape, inputs_of, run_in_process, run_single, toy, toy_plan
@@ -160,3 +160,35 @@ def test_a_refreshed_step_equals_the_single_device_and_the_others_do_not(policy)
         False,
         True,
     ]
+
+
+def test_far_context_rests_between_the_steps_at_which_it_is_sent():
+    """Of four patches, patch 0 reads patch 3 at versions 1 (warm-up), 4 and 7 only; its neighbour at every one."""
+    model, graph = toy(ToyShape(kernel=(1, 1)))
+    still = uniform_table("context only", Policy.FRESH, Policy.LOCAL, Policy.LOCAL, Policy.STALE)
+    far_rests = PolicyRule(ExchangeKind.CONTEXT, Phase.STEADY, Policy.STALE, reach=Reach(near=1, every=3))
+    table = PolicyTable("partial", (far_rests, *still.rules))
+    plan = toy_plan(graph, 4, steps=8, policy=table, warmup_steps=2)
+
+    def changed(patch, at):
+        rows = plan.partition.patches[patch].rows
+
+        def inputs(p, step):
+            made = inputs_of(p, step)
+            if step == at:
+                made["sample"][:, :, rows.start + 1 : rows.stop - 1] += 1.0
+            return made
+
+        return inputs
+
+    def steps_that_differ(patch, at):
+        top = plan.partition.patches[0].rows
+        pairs = zip(run_in_process(model, plan), run_in_process(model, plan, changed(patch, at)), strict=True)
+        inner = slice(top.start, top.stop - 1)
+        return [
+            step for step, (a, b) in enumerate(pairs) if not torch.equal(a[..., inner, :], b[..., inner, :])
+        ]
+
+    assert steps_that_differ(1, at=3) == [4]
+    assert steps_that_differ(3, at=3) == []
+    assert steps_that_differ(3, at=4) == [5, 6, 7]
