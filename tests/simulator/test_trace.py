@@ -92,14 +92,18 @@ def test_only_displaced_steps_have_arrows() -> None:
     assert not list(fresh.readings())
     displaced, _ = timeline_of("corrected")
     readers = Counter(displaced.spans[reading.target].visit for reading in displaced.readings())
-    assert set(readers) == set(range(WARMUP + 1, STEPS)), "the first displaced step reads what warm-up brought"
+    assert set(readers) == set(range(WARMUP + 1, STEPS)), (
+        "the first displaced step reads what warm-up brought"
+    )
 
 
 def test_slices_of_a_stream_do_not_overlap(displaced: Timeline) -> None:
     tracks: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for event in chrome_trace(displaced)["traceEvents"]:
         if event["ph"] == "X" and event["cat"] in ("compute", "wait", "link"):
-            tracks.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+            tracks.setdefault((event["pid"], event["tid"]), []).append(
+                (event["ts"], event["ts"] + event["dur"])
+            )
     for spans in tracks.values():
         ordered = sorted(spans)
         for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False):
@@ -139,7 +143,9 @@ def test_a_rank_file_is_what_trace_analysis_reads(displaced: Timeline) -> None:
     assert trace["distributedInfo"]["rank"] == 2
     assert trace["distributedInfo"]["world_size"] == 4
     events = trace["traceEvents"]
-    assert all(event["ph"] == "X" and {"cat", "ts", "dur", "pid", "tid", "name"} <= event.keys() for event in events)
+    assert all(
+        event["ph"] == "X" and {"cat", "ts", "dur", "pid", "tid", "name"} <= event.keys() for event in events
+    )
     kernels = {e["args"]["correlation"]: e for e in events if e["cat"] == "kernel"}
     launches = {e["args"]["correlation"]: e for e in events if e["cat"] == "cuda_runtime"}
     assert kernels.keys() == launches.keys()
