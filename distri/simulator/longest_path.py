@@ -94,6 +94,7 @@ class _Evaluation:
         while (visit := self.walk.next(max(self.clock))) is not None:
             self.visit += 1
             self.events.append(list(self.clock))
+            self.host = list(map(max, self.host, self.clock))
             if self.record is not None:
                 self.record.totals.append([RankTotals() for _ in self.clock])
             for action in self.tasks.templates[visit.template].actions:

@@ -137,6 +137,7 @@ _SERVICES: Final[Mapping[Policy, Service]] = {
     Policy.FRESH: Service.FRESH,
     Policy.STALE: Service.LATE,
     Policy.CORRECTED: Service.LATE,
+    Policy.SHIFTED: Service.LATE,
     Policy.EXTRAPOLATED: Service.AHEAD,
     Policy.FROZEN: Service.KEPT,
     Policy.LOCAL: Service.NONE,
@@ -170,8 +171,13 @@ class PlanLowering:
             key = self._key(step)
             if key not in places:
                 program = step_program(self.plan, step)
-                relative = tuple((i.kind, i.first, i.last, i.exchange, step - i.version) for i in program)
-                alike = (relative, key.phase, key.is_first, key.previous)
+                relative = tuple(
+                    (i.kind, i.first, i.last, i.exchange, step - i.version if i.version >= 0 else 0)
+                    for i in program
+                )
+                services = tuple(self._service(exchange, key.phase) for exchange in self.plan.exchanges)
+                reads_late = any(i.kind is InstructionKind.AWAIT and i.version < step for i in program)
+                alike = (relative, services, self._runs_text(step), key.previous if reads_late else None)
                 if alike not in by_program:
                     by_program[alike] = len(templates)
                     templates.append(self._template(step, program))
@@ -193,7 +199,7 @@ class PlanLowering:
             return phase_of(at, plan.warmup_steps) if 0 <= at <= last else None
 
         here = phase_of(step, plan.warmup_steps)
-        is_first = step == 0 and self.layers is Layers.ATTACHED
+        is_first = step == 0
         previous = phase(step - 1) if here is Phase.STEADY else None
         is_last = step == last and not self._is_reference
         return StepKey(here, is_first, is_last, previous, None if is_last else phase(step + 1))
@@ -293,10 +299,16 @@ class PlanLowering:
                 served = table.times(device, shard, self.layers, service)
                 device_ns[places] = served.device_ns[places]
                 host_ns[places] = served.host_ns[places]
-            if step > 0 and not (self._is_reference and phase is Phase.WARMUP):
+            if not self._runs_text(step):
                 device_ns[table.text_only] = 0
                 host_ns[table.text_only] = 0
         return OperationTimes(device_ns, host_ns)
+
+    def _runs_text(self, step: int) -> bool:
+        """Whether a step projects the text: the first of an image; the reference's graph of warm-up always does."""
+        if self.layers is Layers.NATIVE:
+            return True
+        return step == 0 or (self._is_reference and phase_of(step, self.plan.warmup_steps) is Phase.WARMUP)
 
     def _service(self, exchange: Exchange, phase: Phase) -> Service:
         service = _SERVICES[exchange.policy(phase)]

@@ -265,6 +265,7 @@ class _Rank:
         visit = 0
         while (template := self.machine.visit(visit)) is not None:
             self.machine.starts[visit][self.rank] = self.machine.now
+            self._host = max(self._host, self.machine.now)
             for action in template.actions:
                 if type(action) is Compute:
                     yield from self._compute(action, visit)

@@ -140,7 +140,7 @@ def original_ns(plan: Plan, lowering: Lowering) -> int:
         has_host = lowering.options.launch is LaunchMode.EAGER
         ends = (host_end(times),) if has_host else ()
         step = Compute((device_ns,), (host_ns,) if has_host else (), ends, 0, len(lowering.graph))
-        template = StepTemplate("step", (step,), is_closed=not has_host)
+        template = StepTemplate("step", (step,), is_closed=True)
         steps = (0,) * plan.image.num_inference_steps
         found.append(longest_path_ns(TaskList(1, (template,), steps, 0)))
     return min(found)

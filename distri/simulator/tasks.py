@@ -11,7 +11,7 @@ all-gather, say) starts when all of its ranks are there; a message starts when i
 the message it passes on has arrived. A rank's part of a call ends with the last transfer it takes part in, plus
 `tail_ns` (copies out of a staging buffer). While a rank's late transfers are under way, its kernels progress by
 1000 parts where they otherwise progress by 1000 + `slowdown` parts. With a host lane, kernels start no earlier than
-the host has issued them.
+the host has issued them; the host begins a step when the step before it is over on its rank.
 
 Double buffers: version t may overwrite version t - 2 at its reader, who read that at step t - 1; every step ends with
 the gather of the output, so all ranks have finished step t - 1 before any publishes version t. The order holds by
