@@ -33,19 +33,21 @@ class Policy(str, Enum):
     """How one exchange is served at one step.
 
     FRESH: wait for this step's value. STALE: use the previous step's. CORRECTED: GroupNorm only, the previous step's
-    moments of the others with this rank's own change applied. EXTRAPOLATED: halo and context only, carried forward to
+    moments of the others with this rank's own change applied. SHIFTED: GroupNorm only, the previous step's
+    global moments moved by this rank's own change, as if all had changed alike. EXTRAPOLATED: halo and context only, carried forward to
     this step from the last two versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no remote data.
     """
 
     FRESH = "fresh"
     STALE = "stale"
     CORRECTED = "corrected"
+    SHIFTED = "shifted"
     EXTRAPOLATED = "extrapolated"
     FROZEN = "frozen"
     LOCAL = "local"
 
 
-READS_LATE = (Policy.STALE, Policy.CORRECTED, Policy.EXTRAPOLATED)
+READS_LATE = (Policy.STALE, Policy.CORRECTED, Policy.SHIFTED, Policy.EXTRAPOLATED)
 """The policies whose values are sent a step ahead, behind computation."""
 
 
@@ -81,8 +83,8 @@ class PolicyRule:
             or self.codec is not Codec.NONE
         ):
             raise PolicyError("a reach is for stale context without a codec")
-        if self.policy is Policy.CORRECTED and self.kind is not ExchangeKind.MOMENTS:
-            raise PolicyError(f"policy 'corrected' is for moments, not for {self.kind.value}")
+        if self.policy in (Policy.CORRECTED, Policy.SHIFTED) and self.kind is not ExchangeKind.MOMENTS:
+            raise PolicyError(f"policy {self.policy.value!r} is for moments, not for {self.kind.value}")
         if self.phase is Phase.WARMUP and self.policy not in (Policy.FRESH, Policy.LOCAL):
             raise PolicyError(f"during warm-up an exchange is fresh or local, not {self.policy.value}")
         if self.policy is Policy.EXTRAPOLATED and self.kind not in (ExchangeKind.HALO, ExchangeKind.CONTEXT):
@@ -164,6 +166,7 @@ def builtin_tables() -> dict[str, PolicyTable]:
         uniform_table("full_sync", fresh, fresh, fresh, fresh),
         uniform_table("no_sync", fresh, frozen, frozen, frozen),
         uniform_table("naive_patch", local, local, local, local),
+        uniform_table("shifted_gn", fresh, stale, Policy.SHIFTED, stale),
         uniform_table("extrapolated", fresh, ahead, corrected, ahead),
         *(uniform_table(codec.value, fresh, stale, corrected, stale, codec) for codec in CODED),
         *(

@@ -10,6 +10,7 @@ The contract, for step t counted from 0. A rank always sees its own value of ver
     fresh        t                 t
     stale        -                 exactly t - 1
     corrected    -                 exactly t - 1 (GroupNorm, see `distri.core.ops.group_norm`)
+    shifted      -                 exactly t - 1 (GroupNorm, beside this rank's own t - 1)
     extrapolated -                 exactly t - 1 and t - 2, carried forward to t
     stale, with a reach: as stale for near patches; for far ones the last version sent, see `version_from`
     frozen       -                 the last warm-up step
@@ -49,6 +50,7 @@ def required_version(policy: Policy, step: int, warmup_steps: int) -> int | None
         Policy.FRESH: step,
         Policy.STALE: step - 1,
         Policy.CORRECTED: step - 1,
+        Policy.SHIFTED: step - 1,
         Policy.EXTRAPOLATED: step - 1,
         Policy.FROZEN: warmup_steps - 1,
     }[policy]

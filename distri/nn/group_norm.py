@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distri.core.ops.group_norm import merge
+from distri.core.ops.group_norm import merge, shift
 from distri.core.plan import Exchange
+from distri.core.policy import Phase, Policy
 from distri.nn.rank_context import RankLocal
 
 
@@ -27,6 +28,14 @@ def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
 def merge_moments(a_BG3: Tensor, b_BG3: Tensor) -> Tensor:
     """Moments of the union of two disjoint sets of positions."""
     return torch.stack(merge(tuple(a_BG3.unbind(-1)), tuple(b_BG3.unbind(-1))), dim=-1)  # type: ignore[arg-type]
+
+
+def shift_moments(whole_BG3: Tensor, own_before_BG3: Tensor, own_BG3: Tensor) -> Tensor:
+    """The published correction; where it makes a variance negative, this rank's own variance stands in."""
+    sets = (whole_BG3.unbind(-1), own_before_BG3.unbind(-1), own_BG3.unbind(-1))
+    count_BG, mean_BG, m2_BG = shift(*(tuple(moments) for moments in sets))  # type: ignore[arg-type]
+    own_m2_BG = own_BG3[..., 2] / own_BG3[..., 0] * count_BG
+    return torch.stack((count_BG, mean_BG, torch.where(m2_BG < 0, own_m2_BG, m2_BG)), dim=-1)
 
 
 def normalise(x_BCx: Tensor, moments_BG3: Tensor, module: nn.GroupNorm) -> Tensor:
@@ -58,11 +67,18 @@ class PatchGroupNorm:
 
     def __call__(self, module: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
         """This patch of the output, for this patch `x_BCHW` of the input."""
-        exchanger = self._ranks.current().exchanger
+        context = self._ranks.current()
+        exchanger, layer = context.exchanger, self._exchange.layer
         own_BG3 = moments_of(x_BCHW, module.num_groups)
-        exchanger.publish(self._exchange.layer, [own_BG3])
-        others = exchanger.collect(self._exchange.layer)
-        return normalise(x_BCHW, _merged(own_BG3, others or ()), module)
+        exchanger.publish(layer, [own_BG3])
+        others = exchanger.collect(layer) or ()
+        whole_BG3 = _merged(own_BG3, others)
+        if self._exchange.steady is Policy.SHIFTED:
+            if exchanger.phase is Phase.STEADY:
+                before_BG3, _ = context.image_memo[layer]
+                whole_BG3 = shift_moments(_merged(before_BG3, others), before_BG3, own_BG3)
+            context.image_memo[layer] = (own_BG3, ())
+        return normalise(x_BCHW, whole_BG3, module)
 
 
 def _merged(own_BG3: Tensor, others: Sequence[Tensor]) -> Tensor:

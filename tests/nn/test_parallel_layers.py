@@ -66,7 +66,7 @@ def test_fresh_equals_the_single_device_for_uneven_bands(weights, axis):
         assert torch.allclose(ours, theirs, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("policy", ["stale", "corrected", "no_sync"])
+@pytest.mark.parametrize("policy", ["stale", "corrected", "shifted_gn", "no_sync"])
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_stationary_inputs_make_stale_equal_to_fresh(policy, num_ranks):
     model, graph = toy()
