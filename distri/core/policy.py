@@ -33,9 +33,10 @@ class Policy(str, Enum):
     """How one exchange is served at one step.
 
     FRESH: wait for this step's value. STALE: use the previous step's. CORRECTED: GroupNorm only, the previous step's
-    moments of the others with this rank's own change applied. SHIFTED: GroupNorm only, the previous step's
-    global moments moved by this rank's own change, as if all had changed alike. EXTRAPOLATED: halo and context only, carried forward to
-    this step from the last two versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no remote data.
+    moments of the others with this rank's own change applied. SHIFTED: GroupNorm only, the previous step's global
+    moments moved by this rank's own change, as if all had changed alike. EXTRAPOLATED: halo and context only, carried
+    forward to this step from the last two versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no
+    remote data.
     """
 
     FRESH = "fresh"
