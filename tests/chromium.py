@@ -50,7 +50,8 @@ class Browser:
         self._lay_out(script, width, height)
         said = self._run(["--dump-dom"], width, height, dark)
         match = re.search(r'<pre id="answer">(.*?)</pre>', said, re.DOTALL)
-        assert match is not None and match[1], "the page did not answer"
+        assert match is not None, "the page has no place for an answer"
+        assert match[1], "the page did not answer"
         answer = json.loads(unescape(match[1]))
         assert answer["trouble"] == []
         return answer.get("found")

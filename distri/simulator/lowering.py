@@ -120,7 +120,7 @@ class Lowering:
         table = self.cluster.collectives
         share = {
             CtaPolicy.DEFAULT: 1.0,
-            CtaPolicy.LIMITED: min(1.0, self.options.num_ctas / table.default_ctas.value),
+            CtaPolicy.LIMITED: min(1.0, self.options.num_ctas / max(1.0, table.default_ctas.value)),
             CtaPolicy.COPY_ENGINE: 0.0,
         }[self.options.cta_policy]
         return round(PARTS * table.compute_slowdown.value * share)

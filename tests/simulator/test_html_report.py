@@ -127,7 +127,9 @@ def test_the_keyboard_moves_and_zooms(browser: Browser) -> None:
         PRESS
         + f"""
         const views = [{VIEW}];
-        for (const key of ["+", "+", "ArrowRight", "ArrowLeft", "-", "End", "Home", "0"]) {{ press(key); views.push({VIEW}); }}
+        for (const key of ["+", "+", "ArrowRight", "ArrowLeft", "-", "End", "Home", "0"]) {{
+          press(key); views.push({VIEW});
+        }}
         return views;"""
     )
     whole, _, zoomed, right, left, wider, end, home, again = found

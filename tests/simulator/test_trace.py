@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_slices_of_a_stream_do_not_overlap(displaced: Timeline) -> None:
             )
     for spans in tracks.values():
         ordered = sorted(spans)
-        for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False):
+        for (_, end), (start, _) in pairwise(ordered):
             assert start >= end - 1e-6
 
 
