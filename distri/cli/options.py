@@ -14,7 +14,7 @@ from distri.core.graph import LayerGraph
 from distri.core.partition import SplitAxis
 from distri.core.plan import DTYPE_BYTES, ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
-from distri.core.policy import builtin_tables, policy_table
+from distri.core.policy import PolicyTable, builtin_tables, policy_table
 from distri.core.refresh import RefreshRule
 from distri.errors import PlanError
 
@@ -25,7 +25,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 RUN_DTYPES = tuple(name for name in DTYPE_BYTES if name.startswith(("float16", "float32", "bfloat")))
 CFG_SPLITS = {"auto": None, "on": True, "off": False}
-IN_PLAN = ("cfg_split", "policy", "split", "bands", "warmup_steps", "refresh_above", "refresh_every", "dtype")
+IN_PLAN = (
+    "cfg_split",
+    "policy",
+    "policy_table",
+    "split",
+    "bands",
+    "warmup_steps",
+    "refresh_above",
+    "refresh_every",
+    "dtype",
+)
 """Flags that a plan from a file already answers."""
 
 
@@ -128,6 +138,11 @@ def plan_options(default_model: str, default_gpus: int) -> Callable[[F], F]:
             default="corrected",
             show_default=True,
             help=f"How exchanges are served: {', '.join(builtin_tables())}.",
+        ),
+        click.option(
+            "--policy-table",
+            type=click.Path(path_type=Path),
+            help="Rules for single layers or kinds of exchanges, on top of a table (docs/policies.md).",
         ),
         click.option(
             "--split",
@@ -236,13 +251,27 @@ def plan_request_from(flags: Mapping[str, Any]) -> PlanRequest:
         image=image,
         num_ranks=flags["gpus"],
         cfg_split=CFG_SPLITS[flags["cfg_split"]],
-        policy=policy_table(flags["policy"]),
+        policy=policy_of(flags),
         warmup_steps=flags["warmup_steps"],
         axis=SplitAxis(flags["split"]),
         weights=flags["bands"],
         dtype=flags["dtype"] or own.dtype,
         refresh=refresh_rule_of(flags),
     )
+
+
+def policy_of(flags: Mapping[str, Any]) -> PolicyTable:
+    """The table by name, or the user's own.
+
+    Raises:
+        PolicyError: there is no such table, or the file is none.
+    """
+    path: Path | None = flags.get("policy_table")
+    if path is None:
+        return policy_table(flags["policy"])
+    from distri.config.policy import load_policy_table
+
+    return load_policy_table(path, flags["policy"], load_model_graph(flags["model"]))
 
 
 def refresh_rule_of(flags: Mapping[str, Any]) -> RefreshRule | None:
