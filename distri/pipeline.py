@@ -15,13 +15,17 @@ from distri.errors import ModelError, UserError
 from distri.models.load import graph_of
 from distri.session import Session
 
+DEFAULT_HARDWARE = "a100-sxm"
+"""What the `sim` backend simulates unless a name follows it, as in `sim:h100-sxm`."""
+
 
 def parallelize(pipe: Any, plan: Plan, backend: str | Backend = "torch") -> Session:
     """Serve `pipe`'s denoiser as `plan` says, until the session is closed.
 
     As a context manager (`with distri.parallelize(pipe, plan):`) or with an undo (`session.close()`). Under the
     `torch` backend every rank calls the pipeline with the same arguments, and rank 0's noise and text count;
-    `in_process` runs all ranks in this process. Rank 0's picture is the result.
+    `in_process` runs all ranks in this process, and so does `sim`, on a simulated machine's clock. Rank 0's picture is
+    the result.
 
     Raises:
         PlanError: the plan does not hold, or was made for another model.
@@ -51,4 +55,18 @@ def open_backend(name: str, plan: Plan, device: Any = None, timeout_s: float = 6
         from distri.backends.torch_distributed import TorchBackend
 
         return TorchBackend(plan, device=device, timeout_s=timeout_s)
-    raise UserError(f"unknown backend {name!r}; known: torch, in_process")
+    if name == "sim" or name.startswith("sim:"):
+        return _open_simulated(plan, name.partition(":")[2] or DEFAULT_HARDWARE, timeout_s)
+    raise UserError(f"unknown backend {name!r}; known: torch, in_process, sim, sim:HARDWARE")
+
+
+def _open_simulated(plan: Plan, hardware: str, timeout_s: float) -> Backend:
+    """In-process values on the clock of a machine that is not here."""
+    from distri.backends.in_process import InProcessBackend
+    from distri.backends.simulated import SimulatedBackend
+    from distri.config.hardware import load_cluster
+    from distri.models.presets import load_graph
+    from distri.simulator.simulate import simulate
+
+    prediction = simulate(plan, load_graph(plan.model.name), load_cluster(hardware))
+    return SimulatedBackend(InProcessBackend(plan, timeout_s=timeout_s), prediction)
