@@ -14,6 +14,12 @@ from distri.cli.render import console, table
 if TYPE_CHECKING:
     from distri.simulator.validate import Validation
 
+HEAD = """# Predictions beside published figures
+
+Written by `distri validate -o docs/validation.md`; [the simulator](simulator.md) says how.
+
+"""
+
 
 @click.command("validate")
 @click.argument("rows_path", metavar="[FILE]", required=False, type=click.Path(path_type=Path))
@@ -41,7 +47,7 @@ def command(rows_path: Path | None, hardware: str, output: Path | None, as_json:
     rows = read_rows(rows_path if rows_path is not None else shipped_rows())
     found = validate(rows, load_model_graph("sdxl"), load_cluster(hardware), used_keys())
     if output is not None:
-        write_text(output, found.table() + "\n")
+        write_text(output, f"{HEAD}{found.table()}\n")
     if as_json:
         print_json(_as_dict(found))
     else:

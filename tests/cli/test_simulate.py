@@ -154,6 +154,13 @@ def test_published_figures_are_predicted(distri: Distri) -> None:
     assert "mean absolute error" in distri("validate").out
 
 
+def test_the_page_of_validations_is_what_the_command_writes(distri: Distri, tmp_path: Path) -> None:
+    distri("validate", "-o", "validation.md")
+    page = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
+    written = (tmp_path / "validation.md").read_text(encoding="utf-8")
+    assert page == written, "write it again: distri validate -o docs/validation.md"
+
+
 def test_calibration_prints_its_points_and_residuals(distri: Distri) -> None:
     key = "1024x1024, 50 steps, 1 GPUs, original: latency"
     value = distri("calibrate", "--point", key, "--parameter", "compute.kernel_gap_s", "--json").value
