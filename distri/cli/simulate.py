@@ -230,9 +230,12 @@ def _write_pictures(
     channels = lowering.collectives.topology.channels
     timeline = make_timeline(simulation.tasks, channels, lowering.options, lowering.graph, title)
     if trace is not None:
+        from distri.simulator.memory import held_at
         from distri.simulator.trace import chrome_trace, dump_trace
 
-        write_text(trace, dump_trace(chrome_trace(timeline)))
+        is_split = method is Method.TENSOR_PARALLEL
+        held = None if is_split else held_at(plan, lowering.graph, lowering.cluster)
+        write_text(trace, dump_trace(chrome_trace(timeline, held)))
     if trace_dir is not None:
         from distri.simulator.trace import dump_trace, rank_trace
 

@@ -111,6 +111,15 @@ def peak_activations(
     plan: Plan, graph: LayerGraph, own: Extent, split: TensorSplit | None = None
 ) -> tuple[int, str]:
     """The largest number of bytes of activations that live at one operation, and that operation's layer."""
+    held = activations_at(plan, graph, own, split)
+    peak = max(range(len(held)), key=lambda index: (held[index], -index))
+    return held[peak], graph.operations[peak].path
+
+
+def activations_at(
+    plan: Plan, graph: LayerGraph, own: Extent, split: TensorSplit | None = None
+) -> tuple[int, ...]:
+    """Bytes of activations that live while each operation runs."""
     size = DTYPE_BYTES[plan.dtype]
     outputs = [own.elements(operation.output) * size for operation in graph]
     if split is not None:
@@ -125,15 +134,25 @@ def peak_activations(
     for index, reader in enumerate(last_reader):
         freed[reader].append(index)
     layers = Layers.NATIVE if split else layers_of(plan)
-    living = peak = 0
-    layer = "the latent"
+    living = 0
+    held = []
     for operation in graph:
         living += outputs[operation.index]
-        now = living + _passing(graph, operation.index, own, layers, size, plan)
-        if now > peak:
-            peak, layer = now, operation.path
+        held.append(living + _passing(graph, operation.index, own, layers, size, plan))
         living -= sum(outputs[index] for index in freed[operation.index])
-    return peak, layer
+    return tuple(held)
+
+
+def held_at(plan: Plan, graph: LayerGraph, cluster: Cluster) -> dict[int, tuple[int, ...]]:
+    """By rank: all bytes that are held while each operation runs."""
+    found = {}
+    by_patch: dict[int, tuple[int, ...]] = {}
+    for rank, use in enumerate(memory_of(plan, graph, cluster)):
+        patch = plan.mesh.patch_of(rank)
+        if patch not in by_patch:
+            by_patch[patch] = activations_at(plan, graph, plan.extent(patch))
+        found[rank] = tuple(use.total - use.activations + living for living in by_patch[patch])
+    return found
 
 
 def _passing(graph: LayerGraph, index: int, own: Extent, layers: Layers, size: int, plan: Plan) -> int:

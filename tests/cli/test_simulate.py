@@ -112,7 +112,10 @@ def test_pictures_are_written_whole(distri: Distri, tmp_path: Path) -> None:
     outcome = distri(*DEMO, "--gpus", 2, "--trace", "t.json", "--html", "r.html", "--trace-dir", "ranks")
     assert outcome.status == 0
     assert left_behind(tmp_path) == ["r.html", "ranks/rank0.json", "ranks/rank1.json", "t.json"]
-    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    needed = max(event["args"]["MB"] for event in events if event["name"] == "memory")
+    memory = distri(*DEMO, "--gpus", 2, "--json").value["memory_bytes"]
+    assert needed == pytest.approx(max(memory) / 1e6)
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 
