@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import permutations
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 from distri.core.plan import DTYPE_BYTES, Exchange
-from distri.core.policy import READS_LATE, ExchangeKind
+from distri.core.policy import READS_LATE, ExchangeKind, Reach
 from distri.core.shape import Rect
-from distri.core.traffic import Message, message_bytes, messages
+from distri.core.traffic import Message, message_bytes, messages_of
 from distri.simulator.collective import CollectiveCost, CollectiveModel
 from distri.simulator.compute import ComputeModel, KernelKind, OperationShape
 from distri.simulator.costs import to_ns
@@ -29,6 +28,8 @@ from distri.simulator.tasks import Call, Group, Hop, Transfer
 from distri.simulator.topology import Topology
 
 _REFERENCE_MOMENT_BYTES: Final = 2
+_SPREAD: Final = (ExchangeKind.CONTEXT, ExchangeKind.OUTPUT)
+_Piece: TypeAlias = tuple[tuple[int, int], int, tuple[int, int] | None]
 CTA_BYTES_PER_S: Final = 20e9
 """What one thread block of communication moves: NCCL 2.30, tuning.cc, per channel on Ampere."""
 
@@ -53,6 +54,8 @@ class CallFactory:
         self._is_reference = is_reference
         self._ranks = tuple(rank for branch in branches for rank in branch)
         self._known: dict[object, Transfer] = {}
+        self._pieces_of: dict[object, tuple[_Piece, ...]] = {}
+        self._shares_of: dict[object, tuple[int, ...]] = {}
         self.tags: dict[str, Tag] = {}
         """By collective: how its cost is known, at worst."""
 
@@ -64,17 +67,17 @@ class CallFactory:
         is_late: bool,
         members: Sequence[Exchange],
         is_blocking: bool,
+        resting: frozenset[Reach] = frozenset(),
     ) -> Call:
-        """The call that carries `members`, which travel together."""
+        """The call that carries `members`, which travel together; contexts of a `resting` reach to near ranks only."""
         first = members[0]
         if self._is_reference:
-            groups = self._gathered(members, is_late, is_blocking)
-            return self.call(slot, label, stream, is_late, groups)
+            return self.call(slot, label, stream, is_late, self._gathered(members, is_late, is_blocking))
         everybody = first.kind is ExchangeKind.OUTPUT
-        spread = [e for e in members if e.kind in (ExchangeKind.CONTEXT, ExchangeKind.OUTPUT)]
-        groups = ()
+        spread = [e for e in members if e.kind in _SPREAD and e.reach not in resting]
+        groups: tuple[Group, ...] = ()
         if spread:
-            share = sum(max(_shares(e, self._patches, is_late)) for e in spread)
+            share = sum(max(self._shares(e, is_late)) for e in spread)
             parties = (self._ranks,) if everybody else self.branches
             groups = tuple(Group(ranks, self._direct(share, ranks, is_blocking), 0) for ranks in parties)
         hops = self._hops([e for e in members if e not in spread], is_late, is_blocking)
@@ -99,7 +102,7 @@ class CallFactory:
         sent, received = [0] * len(self._ranks), [0] * len(self._ranks)
         for exchange in spread:
             everybody = exchange.kind is ExchangeKind.OUTPUT
-            shares = _shares(exchange, self._patches, is_late)
+            shares = self._shares(exchange, is_late)
             for ranks in (self._ranks,) if everybody else self.branches:
                 by_rank = shares * (len(ranks) // len(shares))
                 for rank, share in zip(ranks, by_rank, strict=True):
@@ -180,12 +183,12 @@ class CallFactory:
         along: dict[tuple[int, int], int] = {}
         before: dict[tuple[int, int], tuple[int, int] | None] = {}
         for exchange in members:
-            sizes = along if exchange.kind is ExchangeKind.MOMENTS else straight
-            for message in _messages_of(exchange, self._patches):
-                pair = (message.source, message.reader)
-                sizes[pair] = sizes.get(pair, 0) + message_bytes(exchange, message, is_late)
-                if sizes is along:
-                    before[pair] = None if message.after is None else (message.after, message.source)
+            is_line = exchange.kind is ExchangeKind.MOMENTS
+            sizes = along if is_line else straight
+            for pair, size, passed_on in self._pieces(exchange, is_late):
+                sizes[pair] = sizes.get(pair, 0) + size
+                if is_line:
+                    before[pair] = passed_on
         hops: list[Hop] = []
         for ranks in self.branches:
             places: dict[tuple[int, int], int] = {}
@@ -196,6 +199,29 @@ class CallFactory:
                 places[pair] = len(hops)
                 hops.append(self._hop(ranks, pair, along[pair], after, is_blocking))
         return tuple(hops)
+
+    def _pieces(self, exchange: Exchange, is_late: bool) -> tuple[_Piece, ...]:
+        """The messages of one exchange: (source, reader), bytes, and the message before; far context rests."""
+        key = (exchange.index, exchange.kind, exchange.codec if is_late else None, exchange.reach)
+        if key not in self._pieces_of:
+            near = exchange.reach.near if exchange.reach is not None else len(self._patches)
+            found = messages_of(exchange, self._patches)
+            self._pieces_of[key] = tuple(
+                (
+                    (message.source, message.reader),
+                    message_bytes(exchange, message, is_late),
+                    None if message.after is None else (message.after, message.source),
+                )
+                for message in found
+                if abs(message.source - message.reader) <= near
+            )
+        return self._pieces_of[key]
+
+    def _shares(self, exchange: Exchange, is_late: bool) -> tuple[int, ...]:
+        key = (exchange.index, exchange.kind, exchange.codec if is_late else None)
+        if key not in self._shares_of:
+            self._shares_of[key] = _shares(exchange, self._patches, is_late)
+        return self._shares_of[key]
 
     def _hop(
         self, ranks: tuple[int, ...], pair: tuple[int, int], size: int, after: int, is_blocking: bool
@@ -209,15 +235,6 @@ class CallFactory:
 def is_summed(exchange: Exchange) -> bool:
     """Whether the reference sums fresh moments up (it gathers them where it will read stale ones later)."""
     return exchange.kind is ExchangeKind.MOMENTS and exchange.steady not in READS_LATE
-
-
-@lru_cache(maxsize=65536)
-def _cached_messages(*arguments: Any) -> tuple[Message, ...]:
-    return messages(*arguments)
-
-
-def _messages_of(exchange: Exchange, patches: tuple[Rect, ...]) -> tuple[Message, ...]:
-    return _cached_messages(exchange.kind, exchange.shape, exchange.level, exchange.geometry, patches)
 
 
 def _pair_loads(topology: Topology, ranks: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -20,6 +20,7 @@ from distri.simulator.tasks import (
     Call,
     Compute,
     Post,
+    StepTemplate,
     TaskList,
     Wait,
 )
@@ -36,14 +37,19 @@ class Run:
     record: Record | None
 
 
-def longest_path_ns(tasks: TaskList, is_periodic: bool = True) -> int:
-    """Nanoseconds of the whole run without contention."""
-    return run_longest_path(tasks, is_periodic).total_ns
+def longest_path_ns(
+    tasks: TaskList, is_periodic: bool = True, known: dict[StepTemplate, int] | None = None
+) -> int:
+    """Nanoseconds of the whole run without contention.
+
+    `known` keeps what closed templates took, for the next run that has them.
+    """
+    return _Evaluation(tasks, is_periodic, False, known).run().total_ns
 
 
 def run_longest_path(tasks: TaskList, is_periodic: bool = True, is_recorded: bool = False) -> Run:
     """The whole run without contention; with a record of every span if asked for."""
-    return _Evaluation(tasks, is_periodic, is_recorded).run()
+    return _Evaluation(tasks, is_periodic, is_recorded, None).run()
 
 
 def stretched(start: int, work: int, busy: list[Interval], slowdown: int) -> int:
@@ -72,7 +78,9 @@ def stretched(start: int, work: int, busy: list[Interval], slowdown: int) -> int
 class _Evaluation:
     """One pass over a run. `clock`: where each rank's compute stream is; `free`: from when on its other streams are."""
 
-    def __init__(self, tasks: TaskList, is_periodic: bool, is_recorded: bool) -> None:
+    def __init__(
+        self, tasks: TaskList, is_periodic: bool, is_recorded: bool, known: dict[StepTemplate, int] | None
+    ) -> None:
         n = tasks.num_ranks
         self.tasks = tasks
         self.clock = [0] * n
@@ -84,6 +92,8 @@ class _Evaluation:
         self.busy: list[list[Interval]] = [[] for _ in range(n)]
         self.events: list[list[int]] = []
         self.visit = -1
+        self.known = known
+        self.is_clean = True
         self.record = Record() if is_recorded else None
         self.walk = StepWalk(tasks, self._signature, is_periodic)
         self.clock_cause = [-1] * n
@@ -97,13 +107,21 @@ class _Evaluation:
             self.host = list(map(max, self.host, self.clock))
             if self.record is not None:
                 self.record.totals.append([RankTotals() for _ in self.clock])
-            for action in self.tasks.templates[visit.template].actions:
+            template = self.tasks.templates[visit.template]
+            begin = self.clock[0]
+            if self.is_clean and self.known is not None and template in self.known:
+                self.clock = [begin + self.known[template]] * self.tasks.num_ranks
+                continue
+            for action in template.actions:
                 if type(action) is Compute:
                     self._compute(action)
                 elif type(action) is Post:
                     self._post(action)
                 elif type(action) is Wait:
                     self._wait(action)
+            if self.is_clean and template.is_closed and self.known is not None:
+                self.known[template] = max(self.clock) - begin
+            self.is_clean = template.is_closed
         if self.record is not None:
             self.record.last = list(self.clock_cause)
         return Run(max(self.clock) + self.walk.skipped_ns, self.walk, self.record)

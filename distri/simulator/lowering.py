@@ -1,9 +1,9 @@
 """From a plan to the list of timed tasks that all tiers share.
 
-The program is `distri.core.program.step_program`, instruction by instruction: compute ranges become kernels with
-costs, a publish posts its call at once or with its bucket's last member (so a bucket delays its first byte), an await
-becomes a wait for exactly the version that it names. Waits that cannot bind any more (a bucket that was already waited
-for in this step, a frozen value of steps ago) are left out, and neighbouring compute ranges are joined.
+The program is that of `distri.core.program.step_program`: compute ranges become kernels with costs, a publish posts its
+call at once or with its bucket's last member (so a bucket delays its first byte), an await becomes a wait for exactly
+the version that it names. Waits that cannot bind any more (a bucket that was already waited for in this step, a frozen
+value of steps ago) are left out, and neighbouring compute ranges are joined.
 
 Steps that have the same program share a template: an SDXL run of fifty steps has about five.
 """
@@ -11,31 +11,26 @@ Steps that have the same program share a template: an SDXL run of fifty steps ha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from functools import cached_property
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from distri.core.codec import Codec
 from distri.core.graph import LayerGraph
 from distri.core.plan import Exchange, Plan
-from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy
-from distri.core.program import (
-    Instruction,
-    InstructionKind,
-    awaited_version,
-    is_published,
-    step_program,
-    travels_in_bucket,
-)
+from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, Reach
+from distri.core.program import awaited_version, is_published, travels_in_bucket
+from distri.core.refresh import PhaseControl
 from distri.core.shape import Extent
-from distri.core.staleness import phase_of
+from distri.core.staleness import version_from
 from distri.simulator.calls import CallFactory, is_summed
 from distri.simulator.collective import CollectiveModel
 from distri.simulator.compute import AnalyticCompute, LaunchMode
 from distri.simulator.costs import ComputeFactory, CostTable, Nanoseconds, OperationTimes, to_ns
-from distri.simulator.hardware import Cluster
+from distri.simulator.hardware import Cluster, Word
 from distri.simulator.kernels import Layers, Service, Shard
+from distri.simulator.longest_path import longest_path_ns
 from distri.simulator.options import CtaPolicy, SimulationOptions
 from distri.simulator.tasks import (
     FRESH_STREAM,
@@ -55,15 +50,22 @@ GATHER_ALL: Final = "gather_all"
 TEXT_TOKENS: Final = 77
 
 
-@dataclass(frozen=True)
-class StepKey:
-    """What a step's program depends on. Steps with equal keys share a template."""
+class WaitKind(Word):
+    """What an exchange waits for before the operation that reads it."""
 
-    phase: Phase
-    is_first: bool
-    is_last: bool
-    previous: Phase | None
-    next_phase: Phase | None
+    NOTHING = "nothing"
+    OWN_STEP = "own step"
+    LAST_ALONE = "last step, alone"
+    LAST_BUCKET = "last step, in a bucket"
+
+
+class Decision(NamedTuple):
+    """How a step treats all exchanges of one kind and policy: `distri.core.program`, once for all of them."""
+
+    service: Service
+    is_published: bool
+    is_late: bool
+    wait: WaitKind
 
 
 class Lowering:
@@ -84,7 +86,9 @@ class Lowering:
         self._compute = compute
         self._tables: dict[str, CostTable] = {}
         self._factories: dict[object, CallFactory] = {}
-        self._calls: dict[object, tuple[Call, ...]] = {}
+        self.templates: dict[object, StepTemplate] = {}
+        self.durations: dict[StepTemplate, int] = {}
+        """What closed templates took (tier 2)."""
 
     def table(self, dtype: str) -> CostTable:
         """The costs of operations in one dtype."""
@@ -98,10 +102,14 @@ class Lowering:
         """The tasks of a whole run."""
         return PlanLowering(self, plan).lower()
 
+    def latency_ns(self, plan: Plan) -> int:
+        """Tier 2's answer for a plan, by the quickest way: for searches. The plan's hash and sums are not read."""
+        return longest_path_ns(self.lower(plan), known=self.durations)
+
     def factory(self, plan: Plan) -> CallFactory:
         """What makes a plan's calls."""
         is_reference = plan.pattern == GATHER_ALL
-        key = (plan.mesh, plan.partition.patches, is_reference, plan.dtype)
+        key = (plan.mesh, plan.partition.patches, plan.batch_per_rank, is_reference, plan.dtype)
         if key not in self._factories:
             branches = tuple(
                 tuple(plan.mesh.rank_of(branch, patch) for patch in range(plan.mesh.patch))
@@ -153,93 +161,107 @@ class PlanLowering:
         self.plan = plan
         self.num_ranks = plan.mesh.size
         self.layers = layers_of(plan)
-        self._is_reference = plan.pattern == GATHER_ALL
-        self._factory = lowering.factory(plan)
         self.has_host = lowering.options.launch is LaunchMode.EAGER
-        self.joins_steps = self._is_reference and not self.has_host and plan.mesh.patch > 1
-        self._slots: dict[tuple[str, int], int] = {}
-        self.labels: list[str] = []
-        self._unfilled = self._find_unfilled() if self._is_reference else frozenset()
+        self.is_reference = plan.pattern == GATHER_ALL
+        self.joins_steps = self.is_reference and not self.has_host and plan.mesh.patch > 1
+        self.factory = lowering.factory(plan)
+        self.phases = phases_of(plan)
+        self._servings = tuple(serving_of(exchange) for exchange in plan.exchanges)
+        self._rested = {e.reach for e in plan.exchanges if e.reach is not None}
+        self._unfilled = self._find_unfilled() if self.is_reference else frozenset()
 
     def lower(self) -> TaskList:
         """The tasks of the run."""
         templates: list[StepTemplate] = []
-        places: dict[StepKey, int] = {}
-        by_program: dict[object, int] = {}
+        places: dict[object, int] = {}
         steps = []
         for step in range(self.plan.image.num_inference_steps):
-            key = self._key(step)
+            key = self._place_in_run(step)
             if key not in places:
-                program = step_program(self.plan, step)
-                relative = tuple(
-                    (i.kind, i.first, i.last, i.exchange, step - i.version if i.version >= 0 else 0)
-                    for i in program
-                )
-                services = tuple(self._service(exchange, key.phase) for exchange in self.plan.exchanges)
-                reads_late = any(i.kind is InstructionKind.AWAIT and i.version < step for i in program)
-                alike = (relative, services, self._runs_text(step), key.previous if reads_late else None)
-                if alike not in by_program:
-                    by_program[alike] = len(templates)
-                    templates.append(self._template(step, program))
-                places[key] = by_program[alike]
+                template = self._template(step, self.decisions(step))
+                places[key] = templates.index(template) if template in templates else len(templates)
+                if places[key] == len(templates):
+                    templates.append(template)
             steps.append(places[key])
         return TaskList(
-            self.num_ranks,
-            tuple(templates),
-            tuple(steps),
-            self.lowering.slowdown,
-            slot_labels=tuple(self.labels),
+            self.num_ranks, tuple(templates), tuple(steps), self.lowering.slowdown, slot_labels=self.labels
         )
 
-    def _key(self, step: int) -> StepKey:
-        plan = self.plan
-        last = plan.image.num_inference_steps - 1
-
-        def phase(at: int) -> Phase | None:
-            return phase_of(at, plan.warmup_steps) if 0 <= at <= last else None
-
-        here = phase_of(step, plan.warmup_steps)
-        is_first = step == 0
-        previous = phase(step - 1) if here is Phase.STEADY else None
-        is_last = step == last and not self._is_reference
-        return StepKey(here, is_first, is_last, previous, None if is_last else phase(step + 1))
-
-    def _template(self, step: int, program: tuple[Instruction, ...]) -> StepTemplate:
-        builder = _StepBuilder(self, step, self._prefix_sums(step))
-        plan = self.plan
-        for instruction in program:
-            exchange = plan.exchanges[instruction.exchange]
-            match instruction.kind:
-                case InstructionKind.COMPUTE:
-                    builder.compute_until(instruction.last)
-                case InstructionKind.PUBLISH:
-                    builder.publish(exchange)
-                case InstructionKind.AWAIT:
-                    builder.wait(exchange, instruction.version)
-                case InstructionKind.GATHER:
-                    builder.gather(exchange)
-        if self.joins_steps:
-            builder.join()
-        return builder.build(self._name(step))
-
-    def _name(self, step: int) -> str:
-        phase = phase_of(step, self.plan.warmup_steps)
-        return "warm-up" if phase is Phase.WARMUP else "steady"
-
-    def publishes(self, exchange: Exchange, step: int) -> bool:
-        """Whether a step sends a value; the reference's graph of a steady step sends at the last step too."""
-        if self._is_reference and phase_of(step, self.plan.warmup_steps) is Phase.STEADY:
-            return exchange.steady is Policy.FRESH or exchange.steady in READS_LATE
-        return is_published(self.plan, exchange, step)
-
-    def members(self, step: int) -> dict[int, list[Exchange]]:
-        """The exchanges that each bucket of a step carries."""
-        found: dict[int, list[Exchange]] = {}
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """What the call of each slot is called."""
+        labels = [""] * (2 * len(self.lowering.graph) + 2)
         for exchange in self.plan.exchanges:
-            bucket = travels_in_bucket(self.plan, exchange, step)
-            if bucket is not None and self.publishes(exchange, step):
-                found.setdefault(bucket, []).append(exchange)
-        return found
+            labels[slot_of(exchange, None)] = exchange.layer
+            if exchange.bucket is not None:
+                labels[slot_of(exchange, exchange.bucket)] = f"bucket {exchange.bucket}"
+        return tuple(labels)
+
+    def decisions(self, step: int) -> dict[object, Decision]:
+        """What a step does, by how exchanges are served. A test holds it to `step_program`."""
+        samples = dict(zip(self._servings, self.plan.exchanges, strict=True))
+        return {serving: self._decide(exchange, step) for serving, exchange in samples.items()}
+
+    def _place_in_run(self, step: int) -> object:
+        """What a step's decisions depend on."""
+        warmup, last = self.plan.warmup_steps, self.plan.image.num_inference_steps - 1
+        before = self.phases[step - 1] if step else None
+        at = (step == 0, step < warmup, step == warmup - 1, step == last)
+        return self.phases[step], before, at, self.resting(step) if self._rested else None
+
+    def _decide(self, exchange: Exchange, step: int) -> Decision:
+        plan, phase = self.plan, self.phases[step]
+        is_late = exchange.policy(phase) is not Policy.FRESH
+        published = is_published(plan, exchange, step, phase)
+        if (
+            self.is_reference and phase is Phase.STEADY
+        ):  # its graph of a steady step sends at the last step too
+            published = exchange.steady is Policy.FRESH or exchange.steady in READS_LATE
+        version = awaited_version(plan, exchange, step, phase)
+        wait = WaitKind.NOTHING
+        if version == step:
+            wait = WaitKind.OWN_STEP
+        elif version == step - 1 and not self.joins_steps:
+            before = self.phases[version]
+            if awaited_version(plan, exchange, version, before) != version:
+                alone = travels_in_bucket(plan, exchange, version, before) is None
+                wait = WaitKind.LAST_ALONE if alone else WaitKind.LAST_BUCKET
+        return Decision(self._service(exchange, phase), published, is_late, wait)
+
+    def _service(self, exchange: Exchange, phase: Phase) -> Service:
+        service = _SERVICES[exchange.policy(phase)]
+        if service is Service.FRESH and self.is_reference and is_summed(exchange):
+            return Service.SUMMED
+        return service if exchange.codec is Codec.NONE else _CODED.get(service, service)
+
+    def runs_text(self, step: int) -> bool:
+        """Whether a step projects the text: the first of an image; the reference's graph of warm-up always does."""
+        if self.layers is Layers.NATIVE:
+            return True
+        return step == 0 or (self.is_reference and self.phases[step] is Phase.WARMUP)
+
+    def resting(self, step: int) -> frozenset[Reach]:
+        """The reaches whose far contexts are not sent at a step."""
+        far = self.plan.mesh.patch
+        return frozenset(
+            reach for reach in self._rested if version_from(reach, far, step, self.plan.warmup_steps) != step
+        )
+
+    def _template(self, step: int, decisions: Mapping[object, Decision]) -> StepTemplate:
+        plan = self.plan
+        chosen = tuple(decisions[serving] for serving in self._servings)
+        resting = self.resting(step)
+        has_buckets = any(d.is_late or d.wait is WaitKind.LAST_BUCKET for d in chosen)
+        key = (
+            plan.mesh, plan.partition.patches, plan.batch_per_rank, plan.dtype, plan.pattern, self.layers, chosen,
+            tuple((e.bucket, e.codec, e.reach) for e in plan.exchanges) if has_buckets else (),
+            self.runs_text(step), resting, self.phases[step],
+        )  # fmt: skip
+        kept = self.lowering.templates
+        if key not in kept:
+            builder = _StepBuilder(self, chosen, resting, self._prefix_sums(step, chosen))
+            kept[key] = builder.build("warm-up" if self.phases[step] is Phase.WARMUP else "steady")
+        return kept[key]
 
     def is_unfilled(self, bucket: int) -> bool:
         """Whether the reference sends a bucket only when the step is over, because it never fills up."""
@@ -254,40 +276,39 @@ class PlanLowering:
         last = max(counts, default=-1)
         return frozenset({last} if counts and (counts[last] < full or len(counts) == 1) else ())
 
-    def slot(self, exchange: Exchange, bucket: int | None) -> int:
-        """The slot of the call that carries an exchange: its bucket's, or its own."""
-        key, label = (("alone", exchange.index), exchange.layer)
-        if bucket is not None:
-            key, label = ("bucket", bucket), f"bucket {bucket}"
-        if key not in self._slots:
-            self._slots[key] = len(self.labels)
-            self.labels.append(label)
-        return self._slots[key]
-
-    def call(self, members: list[Exchange], bucket: int | None, is_late: bool) -> Call:
+    def call(
+        self, members: list[Exchange], bucket: int | None, is_late: bool, resting: frozenset[Reach]
+    ) -> Call:
         """The call for exchanges that travel together."""
         is_output = members[0].kind is ExchangeKind.OUTPUT
-        stream = LATE_STREAM if is_late or (self._is_reference and not is_output) else FRESH_STREAM
-        slot = self.slot(members[0], bucket)
-        return self._factory.of(slot, self.labels[slot], stream, is_late, members, is_blocking=not is_late)
+        stream = LATE_STREAM if is_late or (self.is_reference and not is_output) else FRESH_STREAM
+        slot = slot_of(members[0], bucket)
+        return self.factory.of(slot, self.labels[slot], stream, is_late, members, not is_late, resting)
 
-    def _prefix_sums(self, step: int) -> list[tuple[Nanoseconds, Nanoseconds, OperationTimes]]:
+    def _prefix_sums(
+        self, step: int, chosen: tuple[Decision, ...]
+    ) -> list[tuple[Nanoseconds, Nanoseconds, OperationTimes]]:
         """By rank: device and host nanoseconds before each operation of a step."""
-        phase = phase_of(step, self.plan.warmup_steps)
+        places: dict[Service, list[int]] = {}
+        for exchange, decision in zip(self.plan.exchanges, chosen, strict=True):
+            if exchange.kind is not ExchangeKind.OUTPUT and decision.service is not Service.NONE:
+                places.setdefault(decision.service, []).append(exchange.index)
         known: dict[object, tuple[Nanoseconds, Nanoseconds, OperationTimes]] = {}
         sums = []
         for rank in range(self.num_ranks):
             patch = self.plan.mesh.patch_of(rank)
-            is_edge = self._is_reference and patch in (0, self.plan.mesh.patch - 1)
+            is_edge = self.is_reference and patch in (0, self.plan.mesh.patch - 1)
             device = self.lowering.cluster.devices[rank].model
             key = (device, self.plan.partition.patches[patch], is_edge)
             if key not in known:
-                times = self._times(device, patch, is_edge, phase, step)
+                times = self._times(device, patch, is_edge, places, self.runs_text(step))
                 known[key] = (_prefix(times.device_ns), _prefix(times.host_ns), times)
             sums.append(known[key])
         return sums
 
-    def _times(self, device: str, patch: int, is_edge: bool, phase: Phase, step: int) -> OperationTimes:
+    def _times(
+        self, device: str, patch: int, is_edge: bool, places: Mapping[Service, list[int]], runs_text: bool
+    ) -> OperationTimes:
         plan = self.plan
         table = self.lowering.table(plan.dtype)
         whole = Extent(plan.batch_per_rank, TEXT_TOKENS, plan.latent)
@@ -295,90 +316,73 @@ class PlanLowering:
         base = table.times(device, shard, self.layers, Service.NONE)
         device_ns, host_ns = base.device_ns.copy(), base.host_ns.copy()
         if self.layers is not Layers.NATIVE:
-            for service, places in self._places_by_service(phase).items():
+            for service, indices in places.items():
                 served = table.times(device, shard, self.layers, service)
-                device_ns[places] = served.device_ns[places]
-                host_ns[places] = served.host_ns[places]
-            if not self._runs_text(step):
-                device_ns[table.text_only] = 0
-                host_ns[table.text_only] = 0
+                device_ns[indices] = served.device_ns[indices]
+                host_ns[indices] = served.host_ns[indices]
+        if not runs_text:
+            device_ns[table.text_only] = 0
+            host_ns[table.text_only] = 0
         return OperationTimes(device_ns, host_ns)
 
-    def _runs_text(self, step: int) -> bool:
-        """Whether a step projects the text: the first of an image; the reference's graph of warm-up always does."""
-        if self.layers is Layers.NATIVE:
-            return True
-        return step == 0 or (self._is_reference and phase_of(step, self.plan.warmup_steps) is Phase.WARMUP)
 
-    def _service(self, exchange: Exchange, phase: Phase) -> Service:
-        service = _SERVICES[exchange.policy(phase)]
-        if service is Service.FRESH and self._is_reference and is_summed(exchange):
-            return Service.SUMMED
-        return service if exchange.codec is Codec.NONE else _CODED.get(service, service)
+def phases_of(plan: Plan) -> tuple[Phase, ...]:
+    """The phase of each step; of a refresh rule, what does not depend on the picture."""
+    control = PhaseControl(plan.warmup_steps, plan.refresh)
+    return tuple(control.decide(step, change=0.0) for step in range(plan.image.num_inference_steps))
 
-    def _places_by_service(self, phase: Phase) -> dict[Service, list[int]]:
-        places: dict[Service, list[int]] = {}
-        for exchange in self.plan.exchanges:
-            service = self._service(exchange, phase)
-            if exchange.kind is not ExchangeKind.OUTPUT and service is not Service.NONE:
-                places.setdefault(service, []).append(exchange.index)
-        return places
+
+def slot_of(exchange: Exchange, bucket: int | None) -> int:
+    """The slot of the call that carries an exchange: odd for its bucket's, even for its own."""
+    return 2 * exchange.index if bucket is None else 2 * bucket + 1
+
+
+def serving_of(exchange: Exchange) -> tuple[object, ...]:
+    """What exchanges have in common that a step treats alike."""
+    is_moments = exchange.kind is ExchangeKind.MOMENTS
+    return exchange.warmup, exchange.steady, exchange.codec, exchange.bucket is None, is_moments
 
 
 class _StepBuilder:
     """Collects the actions of one step."""
 
     def __init__(
-        self, lowering: PlanLowering, step: int, sums: list[tuple[Nanoseconds, Nanoseconds, OperationTimes]]
+        self,
+        lowering: PlanLowering,
+        chosen: tuple[Decision, ...],
+        resting: frozenset[Reach],
+        sums: list[tuple[Nanoseconds, Nanoseconds, OperationTimes]],
     ) -> None:
         self._lowering = lowering
         self._plan = lowering.plan
-        self._step = step
+        self._chosen = chosen
+        self._resting = resting
         self._sums = sums
         self._actions: list[Action] = []
         self._done = 0
         self._reached = 0
-        self._members = lowering.members(step)
-        self._missing = {bucket: len(members) for bucket, members in self._members.items()}
+        self._members: dict[int, list[Exchange]] = {}
+        for exchange, decision in zip(self._plan.exchanges, chosen, strict=True):
+            if decision.is_published and decision.is_late and exchange.bucket is not None:
+                self._members.setdefault(exchange.bucket, []).append(exchange)
+        self._last = {bucket: members[-1] for bucket, members in self._members.items()}
         self._posted: set[int] = set()
         self._waited: set[tuple[int, int]] = set()
 
-    def compute_until(self, last: int) -> None:
-        self._reached = last
-
-    def publish(self, exchange: Exchange) -> None:
-        bucket = travels_in_bucket(self._plan, exchange, self._step)
-        if bucket is None:
-            self._post([exchange], None, awaited_version(self._plan, exchange, self._step) != self._step)
-            return
-        self._missing[bucket] -= 1
-        if self._missing[bucket] == 0 and not self._lowering.is_unfilled(bucket):
-            self._post(self._members[bucket], bucket, is_late=True)
-
-    def wait(self, exchange: Exchange, version: int) -> None:
-        lag = self._step - version
-        bucket = travels_in_bucket(self._plan, exchange, version) if lag else None
-        if lag and bucket is None and awaited_version(self._plan, exchange, version) == version:
-            return  # it was waited for in the step that sent it
-        if lag > 1 or (lag and self._lowering.joins_steps):
-            return  # it was waited for in an earlier step
-        self._wait(self._lowering.slot(exchange, bucket), lag)
-
-    def gather(self, exchange: Exchange) -> None:
-        self._reached = len(self._lowering.lowering.graph)
-        self._flush()
-        if self._plan.mesh.size > 1:
-            self._post([exchange], None, is_late=False)
-            self._wait(self._lowering.slot(exchange, None), 0)
-
-    def join(self) -> None:
-        """End the step as a CUDA graph ends: unsent buckets leave, and every call is waited for."""
-        self._post_rest()
-        for slot in sorted(self._posted):
-            self._wait(slot, 0)
-
     def build(self, name: str) -> StepTemplate:
+        """The template of the step."""
+        for exchange, decision in zip(self._plan.exchanges, self._chosen, strict=True):
+            self._reached = exchange.index
+            if exchange.kind is ExchangeKind.OUTPUT:
+                self._gather(exchange)
+                continue
+            if decision.is_published:
+                self._publish(exchange, decision)
+            self._await(exchange, decision.wait)
         self._post_rest()
+        if self._lowering.joins_steps:  # a CUDA graph ends when all of its streams have
+            for slot in sorted(self._posted):
+                self._wait(slot, 0)
         self._flush()
         waits = [action for action in self._actions if isinstance(action, Wait)]
         waited = {action.slot for action in waits if action.lag == 0}
@@ -386,12 +390,32 @@ class _StepBuilder:
         ends_together = not (self._lowering.joins_steps and self._members) or self._plan.mesh.cfg == 1
         return StepTemplate(name, tuple(self._actions), is_closed and ends_together)
 
+    def _publish(self, exchange: Exchange, decision: Decision) -> None:
+        if not decision.is_late or exchange.bucket is None:
+            self._post([exchange], None, decision.wait is not WaitKind.OWN_STEP)
+        elif exchange is self._last[exchange.bucket] and not self._lowering.is_unfilled(exchange.bucket):
+            self._post(self._members[exchange.bucket], exchange.bucket, is_late=True)
+
+    def _await(self, exchange: Exchange, wait: WaitKind) -> None:
+        match wait:
+            case WaitKind.OWN_STEP:
+                self._wait(slot_of(exchange, None), 0)
+            case WaitKind.LAST_ALONE:
+                self._wait(slot_of(exchange, None), 1)
+            case WaitKind.LAST_BUCKET:
+                self._wait(slot_of(exchange, exchange.bucket), 1)
+
+    def _gather(self, exchange: Exchange) -> None:
+        self._reached = len(self._lowering.lowering.graph)
+        self._flush()
+        if self._plan.mesh.size > 1:
+            self._post([exchange], None, is_late=False)
+            self._wait(slot_of(exchange, None), 0)
+
     def _post_rest(self) -> None:
+        """Buckets that the reference never fills leave when the step is over."""
         for bucket, members in self._members.items():
-            if (
-                self._lowering.is_unfilled(bucket)
-                and self._lowering.slot(members[0], bucket) not in self._posted
-            ):
+            if self._lowering.is_unfilled(bucket):
                 self._post(members, bucket, is_late=True)
 
     def _post(self, members: list[Exchange], bucket: int | None, is_late: bool) -> None:
@@ -399,7 +423,7 @@ class _StepBuilder:
         host_ns = 0
         if self._lowering.has_host:
             host_ns = to_ns(self._lowering.lowering.cluster.collectives.per_message_s.value)
-        call = self._lowering.call(members, bucket, is_late)
+        call = self._lowering.call(members, bucket, is_late, self._resting)
         self._actions.append(Post(call, host_ns))
         self._posted.add(call.slot)
 

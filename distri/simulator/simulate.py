@@ -287,6 +287,8 @@ def _assumptions(plan: Plan, lowering: Lowering, chosen: Method) -> tuple[str, .
             CtaPolicy.COPY_ENGINE: "copy engines, no thread blocks",
         }[options.cta_policy]
         found.append(f"communication has {kept}; kernels beside it take {share:.0%} longer")
+    if plan.refresh is not None and plan.refresh.max_change is not None:
+        found.append("the latent never changes so much that a refresh is due early")
     if math.isclose(options.before_s + options.after_s + options.per_step_s, 0.0):
         found.append("text encoders, VAE and scheduler are not in the time")
     return tuple(found)

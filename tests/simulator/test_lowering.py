@@ -5,11 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distri.core.plan import Plan
-from distri.core.policy import ExchangeKind
+from distri.core.policy import ExchangeKind, Phase
 from distri.core.program import InstructionKind, step_program
+from distri.core.refresh import RefreshRule
+from distri.simulator.longest_path import run_longest_path
+from distri.simulator.lowering import Lowering, PlanLowering, WaitKind, phases_of, serving_of
 from distri.simulator.options import CtaPolicy, SimulationOptions
 from distri.simulator.tasks import Compute, Post, Wait
-from tests.simulator.helpers import graph_of, lowering_of, plan_of, plans, tasks_of
+from tests.simulator.helpers import POLICIES, cluster_of, graph_of, lowering_of, plan_of, plans, tasks_of
 
 
 @given(plans())
@@ -133,3 +136,57 @@ def test_plans_are_lowered_to_equal_tasks_each_time() -> None:
     assert [[a for a in t.actions if isinstance(a, Compute)] for t in first.templates] == [
         [a for a in t.actions if isinstance(a, Compute)] for t in second.templates
     ]
+
+
+@given(plans())
+@settings(max_examples=40, deadline=None)
+def test_a_step_publishes_and_awaits_what_its_program_says(plan: Plan) -> None:
+    if plan.pattern == "gather_all":
+        return  # its graphs send at the last step too, and wait for everything when a step ends
+    lowered = PlanLowering(lowering_of(), plan)
+    for step in range(plan.image.num_inference_steps):
+        program = step_program(plan, step)
+        published = [i.exchange for i in program if i.kind is InstructionKind.PUBLISH]
+        awaited = {i.exchange: i.version for i in program if i.kind is InstructionKind.AWAIT}
+        decisions = lowered.decisions(step)
+        for place, exchange in enumerate(plan.exchanges[:-1]):
+            decision = decisions[serving_of(exchange)]
+            assert decision.is_published == (place in published)
+            if decision.wait is WaitKind.OWN_STEP:
+                assert awaited[place] == step
+            elif decision.wait is not WaitKind.NOTHING:
+                assert awaited[place] == step - 1
+            elif place in awaited:  # it was waited for in the step that sent it, or before
+                assert awaited[place] < step
+
+
+def test_far_contexts_of_a_reach_rest_between_their_steps() -> None:
+    plan = plan_of(8, "partial", steps=20)
+    tasks = tasks_of(plan)
+    received = [
+        sum(call.received_bytes[0] for call in tasks.template_of(step).calls) for step in range(5, 19)
+    ]
+    assert len(set(received)) == 2
+    reach = next(exchange.reach for exchange in plan.exchanges if exchange.reach)
+    assert received.count(max(received)) == pytest.approx(len(received) / reach.every, abs=1)
+
+
+def test_a_refresh_makes_a_step_synchronous() -> None:
+    plan = plan_of(4, "corrected", steps=20, warmup_steps=3, refresh=RefreshRule(max_late_steps=4))
+    phases = phases_of(plan)
+    assert [step for step, phase in enumerate(phases) if phase is Phase.WARMUP] == [0, 1, 2, 7, 12, 17]
+    tasks = tasks_of(plan)
+    assert tasks.steps[7] == tasks.steps[12] == tasks.steps[1]
+    assert run_longest_path(tasks).total_ns == run_longest_path(tasks, is_periodic=False).total_ns
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_was_kept_from_other_plans_changes_no_answer(policy: str) -> None:
+    lowering = Lowering(graph_of(), cluster_of(), SimulationOptions())
+    for warmup_steps in (1, 3):
+        for layers_per_bucket in (5, 40):
+            plan = plan_of(4, policy, warmup_steps=warmup_steps, layers_per_bucket=layers_per_bucket)
+            fresh = Lowering(graph_of(), cluster_of(), SimulationOptions())
+            assert (
+                lowering.latency_ns(plan) == run_longest_path(fresh.lower(plan), is_periodic=False).total_ns
+            )
