@@ -56,7 +56,8 @@ def tokens(x_BCHW):
 class Oracle:
     """A toy denoiser under a plan: `weights` by parameter, `patches` as ((top, bottom), (left, right)).
 
-    policies: (during warm-up, afterwards) of each layer that exchanges anything, by name.
+    policies: (during warm-up, afterwards) of each layer that exchanges anything. reaches: (near, every) of layers whose
+    far context rests.
     """
 
     weights: Mapping[str, Array]
@@ -67,6 +68,8 @@ class Oracle:
     patches: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     policies: Mapping[str, tuple[str, str]]
     warmup_steps: int
+    reaches: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    late_steps_between_refreshes: int | None = None
     whole: dict[tuple[str, int], Array] = field(default_factory=dict)
     """The whole input of a layer at a step, each region as its owner computed it."""
 
@@ -74,6 +77,12 @@ class Oracle:
     def is_split(self) -> bool:
         """Whether the layers know of other ranks at all: otherwise each patch is a picture of its own."""
         return any(policy != "local" for pair in self.policies.values() for policy in pair)
+
+    def is_late(self, step: int) -> bool:
+        """Whether a step is neither of warm-up nor a refresh."""
+        every = self.late_steps_between_refreshes
+        since = step - self.warmup_steps
+        return since >= 0 and (every is None or since % (every + 1) != every)
 
     def region(self, rank: int, level: int) -> Slices:
         (top, bottom), (left, right) = self.patches[rank]
@@ -83,14 +92,30 @@ class Oracle:
         """What this rank sees of a layer's whole input, and where it sees anything (H, W)."""
         now = self.whole[layer, step]
         own = self.region(rank, level)
-        policy = self.policies.get(layer, ("local", "local"))[step >= self.warmup_steps]
+        policy = self.policy(layer, step)
         if policy == "local":
             picture, visible = np.zeros_like(now), np.zeros(now.shape[2:], bool)
         else:
             picture, visible = self.others(layer, step, policy).copy(), np.ones(now.shape[2:], bool)
+            self.rest(layer, step, rank, level, picture)
         picture[(..., *own)] = now[(..., *own)]
         visible[own] = True
         return picture, visible
+
+    def policy(self, layer: str, step: int) -> str:
+        return self.policies.get(layer, ("local", "local"))[self.is_late(step)]
+
+    def rest(self, layer: str, step: int, rank: int, level: int, picture: Array) -> None:
+        """Put the far patches back to the version that was sent last: every so many steps after warm-up."""
+        if layer not in self.reaches or not self.is_late(step):
+            return
+        near, every = self.reaches[layer]
+        after_warmup = step - 1 - (self.warmup_steps - 1)
+        version = step - 1 - after_warmup % every
+        for patch in range(len(self.patches)):
+            if abs(patch - rank) > near:
+                far = self.region(patch, level)
+                picture[(..., *far)] = self.whole[layer, version][(..., *far)]
 
     def others(self, layer: str, step: int, policy: str) -> Array:
         """The other ranks' values as they are read at this step."""
@@ -104,10 +129,10 @@ class Oracle:
         return last
 
     def was_read(self, layer: str, version: int) -> bool:
-        """Whether a late layer has ever received this version."""
-        if self.policies[layer][0] == "fresh" and version >= 0:
-            return True
-        return version >= self.warmup_steps - 1 >= 0
+        """Whether anybody read this version: in its own step, or one step late."""
+        if version < 0:
+            return False
+        return self.policy(layer, version) == "fresh" or self.is_late(version + 1)
 
     def layer(
         self, name: str, x_BCHW: Array, step: int, level: int, apply: Callable, out_level: int
@@ -128,7 +153,7 @@ class Oracle:
         """The denoiser's output at a step."""
         deep = self.stride
         x = self.first(sample_BCHW, step)
-        x = self.layer("norm", x, step, 1, self.normalise, 1)
+        x = self.layer("norm", x, step, 1, self.norm(step), 1)
         x = x / (1 + np.exp(-x))
         x = self.layer("mid", x, step, 1, self.conv("mid", self.stride, self.dilation), deep)
         if self.has_attention:
@@ -147,13 +172,30 @@ class Oracle:
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         return lambda picture, *_: convolved(picture, weight, bias, stride, dilation)
 
-    def normalise(self, picture: Array, visible: Array, _: Slices) -> Array:
-        batch, channels = picture.shape[:2]
-        grouped = picture.reshape(batch, self.groups, channels // self.groups, *visible.shape)
-        values = grouped[..., visible].reshape(batch, self.groups, -1)
-        mean, variance = values.mean(-1), values.var(-1)
-        spread = (slice(None), slice(None), None, None, None)
-        normal = ((grouped - mean[spread]) / np.sqrt(variance[spread] + 1e-5)).reshape(picture.shape)
+    def norm(self, step: int) -> Callable:
+        if self.policy("norm", step) != "shifted":
+            return lambda picture, visible, _: self.normalised(picture, *self.moments(picture[..., visible]))
+        before = self.whole["norm", step - 1]
+
+        def shifted(picture: Array, visible: Array, own: Slices) -> Array:
+            mean, variance = self.moments(before.reshape(*before.shape[:2], -1))
+            square = variance + mean**2
+            old_mean, old_variance = self.moments(before[(..., *own)])
+            new_mean, new_variance = self.moments(picture[(..., *own)])
+            mean = mean + new_mean - old_mean
+            variance = square + new_variance + new_mean**2 - old_variance - old_mean**2 - mean**2
+            return self.normalised(picture, mean, np.where(variance < 0, new_variance, variance))
+
+        return shifted
+
+    def moments(self, x_BCx: Array) -> tuple[Array, Array]:
+        values = x_BCx.reshape(x_BCx.shape[0], self.groups, -1)
+        return values.mean(-1), values.var(-1)
+
+    def normalised(self, x_BCHW: Array, mean_BG: Array, variance_BG: Array) -> Array:
+        grouped = x_BCHW.reshape(x_BCHW.shape[0], self.groups, -1, *x_BCHW.shape[2:])
+        spread = (..., None, None, None)
+        normal = ((grouped - mean_BG[spread]) / np.sqrt(variance_BG[spread] + 1e-5)).reshape(x_BCHW.shape)
         return normal * self.weights["norm.weight"][:, None, None] + self.weights["norm.bias"][:, None, None]
 
     def attend(self, picture: Array, visible: Array, own: Slices) -> Array:
