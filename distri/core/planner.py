@@ -163,7 +163,20 @@ def check_warmup(request: PlanRequest, mesh: Mesh) -> int:
         raise PlanError(
             f"policy {request.policy.name!r} sends nothing after warm-up, so it cannot be refreshed"
         )
+    if request.refresh is not None and _loses_changes(request.policy):
+        raise PlanError(
+            f"policy {request.policy.name!r} sends changes, and warm-up reads nothing of some layers: at a refresh a "
+            "change would be lost; use a codec that sends values, or a warm-up that is fresh"
+        )
     return min(request.warmup_steps, steps)
+
+
+def _loses_changes(table: PolicyTable) -> bool:
+    coded = {rule.kind for rule in table.rules if rule.codec.is_residual}
+    return any(
+        rule.phase is Phase.WARMUP and rule.policy is Policy.LOCAL and rule.kind in coded
+        for rule in table.rules
+    )
 
 
 def latent_layers(graph: LayerGraph) -> tuple[str, ...]:

@@ -138,9 +138,8 @@ class Reconstruction:
                 continue
             channels, count = channels_of(shape)
             values_KV = decode(exchange.codec, payload, channels, count)
-            if (
-                exchange.codec.is_residual and known is not None
-            ):  # without warm-up the sum starts from nothing
+            # Where warm-up read nothing, the sum starts from nothing at both ends.
+            if exchange.codec.is_residual and known is not None:
                 values_KV = values_KV + channels_last(known[place]).float()
             rebuilt.append(restore(values_KV, torch.Size(shape)).to(getattr(torch, exchange.dtype)))
         return rebuilt

@@ -14,7 +14,9 @@ from distri.core.codec import Codec, payload_bytes
 from distri.core.exchanger import Exchanger
 from distri.core.partition import SplitAxis
 from distri.core.policy import ExchangeKind, Phase, Policy, PolicyRule, policy_table, uniform_table
+from distri.core.refresh import RefreshRule
 from distri.core.traffic import messages_of, part_shapes
+from distri.errors import PlanError
 from distri.nn.codec import channels_last
 from distri.nn.reconstruction import Reconstruction
 from tests.toys import ToyShape, toy, toy_plan
@@ -279,6 +281,14 @@ def test_a_warm_up_without_exchanges_leaves_nothing_to_start_from_and_still_work
                 continue
             truth = driven.truth(exchange, values(exchange, 0), rank)
             assert largest_error(found, truth) <= 1.6 * float(values(exchange, 0).abs().max())
+
+
+def test_a_refresh_that_would_lose_changes_is_refused():
+    local = tuple(PolicyRule(kind, Phase.WARMUP, Policy.LOCAL) for kind in KINDS)
+    table = policy_table("residual_int8").with_rules(local)
+    with pytest.raises(PlanError, match="at a refresh a change would be lost; use a codec that sends values"):
+        toy_plan(GRAPH, 3, policy=table, refresh=RefreshRule(max_late_steps=2))
+    toy_plan(GRAPH, 3, policy=policy_table("int8").with_rules(local), refresh=RefreshRule(max_late_steps=2))
 
 
 class Scales:
