@@ -8,6 +8,7 @@ predicted over given values, by scipy (imported only here). Predictions are the 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -169,34 +170,28 @@ def _rounded(value: float) -> float:
 
 def record_path() -> Path:
     """Where the shipped calibration is recorded."""
-    return Path(str(resources.files("distri.simulator") / "data" / "calibration.yaml"))
+    return Path(str(resources.files("distri.simulator") / "data" / "calibration.json"))
 
 
 def write_record(calibration: Calibration, path: Path) -> None:
-    """Write points, values and residuals as YAML."""
-    lines = [
-        "# Written by the calibration (distri.simulator.calibrate): which points, which values, what residuals.",
-        f"hardware: {calibration.hardware}",
-        "parameters:",
-        *(f"  {name}: {value:.4g}" for name, value in calibration.values.items()),
-        "points:",
-        *(
-            f'  - {{key: "{r.key}", given: {r.given:g}, fitted: {r.fitted:.4g}, error: {r.error:.4f}}}'
+    """Write points, values and residuals as JSON."""
+    record = {
+        "hardware": calibration.hardware,
+        "parameters": dict(calibration.values),
+        "points": [
+            {"key": r.key, "given": r.given, "fitted": round(r.fitted, 4), "error": round(r.error, 4)}
             for r in calibration.residuals
-        ),
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        ],
+    }
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def used_keys(path: Path | None = None) -> tuple[str, ...]:
     """The keys of the rows that a recorded calibration has seen; none if there is no record."""
-    import yaml
-
     chosen = path or record_path()
     if not chosen.is_file():
         return ()
-    data = yaml.safe_load(chosen.read_text(encoding="utf-8"))
-    return tuple(point["key"] for point in data["points"])
+    return tuple(point["key"] for point in json.loads(chosen.read_text(encoding="utf-8"))["points"])
 
 
 def write_values(calibration: Calibration, path: Path) -> None:
@@ -218,7 +213,7 @@ def write_values(calibration: Calibration, path: Path) -> None:
     if not re.search(r"^  calibration: ", text, re.MULTILINE):
         note = (
             f'  calibration: "least squares on {len(calibration.residuals)} published latencies; '
-            'points and residuals in calibration.yaml"'
+            'points and residuals in calibration.json"'
         )
         text = re.sub(r"^sources:\n", f"sources:\n{note}\n", text, count=1, flags=re.MULTILINE)
     path.write_text(text, encoding="utf-8")

@@ -41,7 +41,7 @@ def test_calibration_finds_what_it_is_given(tmp_path: Path) -> None:
     found = calibrate(rows, graph_of("sdxl"), cluster_of(), ("compute.convolution_efficiency",))
     assert 0.3 < found.values["compute.convolution_efficiency"] < 1
     assert all(abs(residual.error) < 0.05 for residual in found.residuals)
-    record = tmp_path / "calibration.yaml"
+    record = tmp_path / "calibration.json"
     write_record(found, record)
     assert used_keys(record) == tuple(row.key for row in rows)
     assert "calibrated on 2 points" in found.source
