@@ -180,11 +180,10 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
             shown[number] = places[span.rank, span.stream]
             label = labels.setdefault(timeline.name_of(span), len(labels))
             spans.append((*_place(places, span), _KINDS[span.stream], label, -1))
-    hidden = _hidden_interval(timeline, visits)
+    gaps = _gaps(timeline, visits)
     for load in timeline.loads:
-        if (place := places.get((-1, load.channel))) is not None and not (
-            hidden and hidden[0] <= load.start_ns < hidden[1]
-        ):
+        place = places.get((-1, load.channel))
+        if place is not None and not any(start <= load.start_ns < end for start, end, _ in gaps):
             capacity = timeline.channels[load.channel].capacity_bytes_per_s
             label = labels.setdefault(f"{load.bytes_per_s / 1e9:.4g} GB/s", len(labels))
             share = round(load.bytes_per_s / capacity, 3)
@@ -201,7 +200,22 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
         {"name": timeline.step_name(visit), "start": _us(starts[visit]), "end": _us(starts[visit + 1])}
         for visit in range(len(starts) - 1)
     ]
-    return {"lanes": lanes, "spans": spans, "flows": flows, "steps": steps, "labels": list(labels)}
+    left_out = [
+        {
+            "start": _us(start),
+            "end": _us(end),
+            "text": f"{count} {'step' if count == 1 else 'steps'} not drawn",
+        }
+        for start, end, count in gaps
+    ]
+    return {
+        "lanes": lanes,
+        "spans": spans,
+        "flows": flows,
+        "steps": steps,
+        "labels": list(labels),
+        "left_out": left_out,
+    }
 
 
 def _place(places: Mapping[tuple[int, int], int], span: Span) -> tuple[int, float, float]:
@@ -239,12 +253,15 @@ def _busiest(timeline: Timeline) -> list[int]:
 
 
 def _shown_visits(timeline: Timeline) -> set[int]:
-    """All steps, or so many from both ends that the page stays small."""
+    """All steps, or so many that the page stays small: first of all one of each phase and those around the borders."""
     by_visit: dict[int, int] = {}
     for span in timeline.spans:
         by_visit[span.visit] = by_visit.get(span.visit, 0) + 1
     visits = sorted(by_visit)
-    order = [v for pair in zip(visits, reversed(visits), strict=True) for v in pair]
+    names = [timeline.tasks.template_of(visit).name for visit in visits]
+    border = next((at for at in range(1, len(visits)) if names[at] != names[at - 1]), 0)
+    telling = [0, border, border + 1, border + 2, len(visits) - 1, len(visits) - 2, 1, border - 1]
+    order = [visits[at] for at in telling if 0 <= at < len(visits)] + visits
     shown: set[int] = set()
     total = 0
     for visit in dict.fromkeys(order):
@@ -255,11 +272,18 @@ def _shown_visits(timeline: Timeline) -> set[int]:
     return shown
 
 
-def _hidden_interval(timeline: Timeline, shown: set[int]) -> tuple[int, int] | None:
-    hidden = [visit for visit in range(len(timeline.starts_ns) - 1) if visit not in shown]
-    if not hidden:
-        return None
-    return timeline.starts_ns[hidden[0]], timeline.starts_ns[hidden[-1] + 1]
+def _gaps(timeline: Timeline, shown: set[int]) -> list[tuple[int, int, int]]:
+    """Stretches of steps that are not drawn: start and end in nanoseconds, and how many steps."""
+    gaps: list[tuple[int, int, int]] = []
+    starts = timeline.starts_ns
+    for visit in range(len(starts) - 1):
+        if visit in shown:
+            continue
+        if gaps and gaps[-1][1] == starts[visit]:
+            gaps[-1] = (gaps[-1][0], starts[visit + 1], gaps[-1][2] + 1)
+        else:
+            gaps.append((starts[visit], starts[visit + 1], 1))
+    return gaps
 
 
 def _ranks(result: SimulationResult) -> Iterator[dict[str, Any]]:

@@ -100,6 +100,16 @@ def test_speed_ups_are_given_from_one_device_to_all(page: str) -> None:
     assert points[0]["speedup"] == pytest.approx(1.0)
 
 
+def test_a_long_run_is_cut_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distri.simulator.html_report.MOST_SPANS", 500)
+    data = data_of(page_of(2))
+    drawn = {span[1] for span in data["spans"]}
+    assert data["left_out"]
+    for gap in data["left_out"]:
+        assert "not drawn" in gap["text"]
+        assert not any(gap["start"] <= start < gap["end"] for start in drawn)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_any_number_of_devices_makes_a_page(ranks: int) -> None:
     data = data_of(page_of(ranks))
