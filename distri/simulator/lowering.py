@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
@@ -27,45 +27,24 @@ from distri.core.staleness import version_from
 from distri.simulator.calls import CallFactory, is_summed
 from distri.simulator.collective import CollectiveModel
 from distri.simulator.compute import AnalyticCompute, LaunchMode
-from distri.simulator.costs import ComputeFactory, CostTable, Nanoseconds, OperationTimes, to_ns
-from distri.simulator.hardware import Cluster, Word
+from distri.simulator.costs import ComputeFactory, CostTable, Nanoseconds, OperationTimes
+from distri.simulator.hardware import Cluster
 from distri.simulator.kernels import Layers, Service, Shard
 from distri.simulator.longest_path import longest_path_ns
 from distri.simulator.options import CtaPolicy, SimulationOptions
+from distri.simulator.steps import Decision, StepBuilder, WaitKind, slot_of
 from distri.simulator.tasks import (
     FRESH_STREAM,
     LATE_STREAM,
     PARTS,
-    Action,
     Call,
-    Compute,
-    Post,
     StepTemplate,
     TaskList,
-    Wait,
 )
 
 GATHER_ALL: Final = "gather_all"
 """The plan's pattern that follows the published implementation."""
 TEXT_TOKENS: Final = 77
-
-
-class WaitKind(Word):
-    """What an exchange waits for before the operation that reads it."""
-
-    NOTHING = "nothing"
-    OWN_STEP = "own step"
-    LAST_ALONE = "last step, alone"
-    LAST_BUCKET = "last step, in a bucket"
-
-
-class Decision(NamedTuple):
-    """How a step treats all exchanges of one kind and policy: `distri.core.program`, once for all of them."""
-
-    service: Service
-    is_published: bool
-    is_late: bool
-    wait: WaitKind
 
 
 class Lowering:
@@ -259,7 +238,7 @@ class PlanLowering:
         )  # fmt: skip
         kept = self.lowering.templates
         if key not in kept:
-            builder = _StepBuilder(self, chosen, resting, self._prefix_sums(step, chosen))
+            builder = StepBuilder(self, chosen, resting, self._prefix_sums(step, chosen))
             kept[key] = builder.build("warm-up" if self.phases[step] is Phase.WARMUP else "steady")
         return kept[key]
 
@@ -332,130 +311,12 @@ def phases_of(plan: Plan) -> tuple[Phase, ...]:
     return tuple(control.decide(step, change=0.0) for step in range(plan.image.num_inference_steps))
 
 
-def slot_of(exchange: Exchange, bucket: int | None) -> int:
-    """The slot of the call that carries an exchange: odd for its bucket's, even for its own."""
-    return 2 * exchange.index if bucket is None else 2 * bucket + 1
-
-
 def serving_of(exchange: Exchange) -> tuple[object, ...]:
     """What exchanges have in common that a step treats alike."""
     is_moments = exchange.kind is ExchangeKind.MOMENTS
     return exchange.warmup, exchange.steady, exchange.codec, exchange.bucket is None, is_moments
 
 
-class _StepBuilder:
-    """Collects the actions of one step."""
-
-    def __init__(
-        self,
-        lowering: PlanLowering,
-        chosen: tuple[Decision, ...],
-        resting: frozenset[Reach],
-        sums: list[tuple[Nanoseconds, Nanoseconds, OperationTimes]],
-    ) -> None:
-        self._lowering = lowering
-        self._plan = lowering.plan
-        self._chosen = chosen
-        self._resting = resting
-        self._sums = sums
-        self._actions: list[Action] = []
-        self._done = 0
-        self._reached = 0
-        self._members: dict[int, list[Exchange]] = {}
-        for exchange, decision in zip(self._plan.exchanges, chosen, strict=True):
-            if decision.is_published and decision.is_late and exchange.bucket is not None:
-                self._members.setdefault(exchange.bucket, []).append(exchange)
-        self._last = {bucket: members[-1] for bucket, members in self._members.items()}
-        self._posted: set[int] = set()
-        self._waited: set[tuple[int, int]] = set()
-
-    def build(self, name: str) -> StepTemplate:
-        """The template of the step."""
-        for exchange, decision in zip(self._plan.exchanges, self._chosen, strict=True):
-            self._reached = exchange.index
-            if exchange.kind is ExchangeKind.OUTPUT:
-                self._gather(exchange)
-                continue
-            if decision.is_published:
-                self._publish(exchange, decision)
-            self._await(exchange, decision.wait)
-        self._post_rest()
-        if self._lowering.joins_steps:  # a CUDA graph ends when all of its streams have
-            for slot in sorted(self._posted):
-                self._wait(slot, 0)
-        self._flush()
-        waits = [action for action in self._actions if isinstance(action, Wait)]
-        waited = {action.slot for action in waits if action.lag == 0}
-        is_closed = self._posted <= waited and all(action.lag == 0 for action in waits)
-        ends_together = not (self._lowering.joins_steps and self._members) or self._plan.mesh.cfg == 1
-        return StepTemplate(name, tuple(self._actions), is_closed and ends_together)
-
-    def _publish(self, exchange: Exchange, decision: Decision) -> None:
-        if not decision.is_late or exchange.bucket is None:
-            self._post([exchange], None, decision.wait is not WaitKind.OWN_STEP)
-        elif exchange is self._last[exchange.bucket] and not self._lowering.is_unfilled(exchange.bucket):
-            self._post(self._members[exchange.bucket], exchange.bucket, is_late=True)
-
-    def _await(self, exchange: Exchange, wait: WaitKind) -> None:
-        match wait:
-            case WaitKind.OWN_STEP:
-                self._wait(slot_of(exchange, None), 0)
-            case WaitKind.LAST_ALONE:
-                self._wait(slot_of(exchange, None), 1)
-            case WaitKind.LAST_BUCKET:
-                self._wait(slot_of(exchange, exchange.bucket), 1)
-
-    def _gather(self, exchange: Exchange) -> None:
-        self._reached = len(self._lowering.lowering.graph)
-        self._flush()
-        if self._plan.mesh.size > 1:
-            self._post([exchange], None, is_late=False)
-            self._wait(slot_of(exchange, None), 0)
-
-    def _post_rest(self) -> None:
-        """Buckets that the reference never fills leave when the step is over."""
-        for bucket, members in self._members.items():
-            if self._lowering.is_unfilled(bucket):
-                self._post(members, bucket, is_late=True)
-
-    def _post(self, members: list[Exchange], bucket: int | None, is_late: bool) -> None:
-        self._flush()
-        host_ns = 0
-        if self._lowering.has_host:
-            host_ns = to_ns(self._lowering.lowering.cluster.collectives.per_message_s.value)
-        call = self._lowering.call(members, bucket, is_late, self._resting)
-        self._actions.append(Post(call, host_ns))
-        self._posted.add(call.slot)
-
-    def _wait(self, slot: int, lag: int) -> None:
-        if (slot, lag) not in self._waited:
-            self._waited.add((slot, lag))
-            self._flush()
-            self._actions.append(Wait(slot, lag, self._lowering.labels[slot]))
-
-    def _flush(self) -> None:
-        first, last = self._done, self._reached
-        if first == last:
-            return
-        device = tuple(int(sums[0][last] - sums[0][first]) for sums in self._sums)
-        host: tuple[int, ...] = ()
-        ends: tuple[int, ...] = ()
-        if self._lowering.has_host:
-            host = tuple(int(sums[1][last] - sums[1][first]) for sums in self._sums)
-            ends = tuple(
-                host_end(OperationTimes(times.device_ns[first:last], times.host_ns[first:last]))
-                for _, _, times in self._sums
-            )
-        self._actions.append(Compute(device, host, ends, first, last))
-        self._done = last
-
-
 def _prefix(times: Nanoseconds) -> Nanoseconds:
     sums: Nanoseconds = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(times)))
     return sums
-
-
-def host_end(times: OperationTimes) -> int:
-    """Earliest end of operations if the device is idle: each starts when the host has issued it."""
-    after = times.device_ns[::-1].cumsum()[::-1]
-    return int((times.host_ns.cumsum() + after).max())

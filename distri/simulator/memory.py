@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from distri.core.buffers import DEPTH
+from distri.core.codec import Codec
 from distri.core.graph import LayerGraph, OperationKind
 from distri.core.plan import DTYPE_BYTES, Plan
 from distri.core.policy import ExchangeKind, Phase, Policy
@@ -187,7 +188,15 @@ def stale_bytes(plan: Plan, graph: LayerGraph, patch: int) -> int:
         elif exchange.kind is ExchangeKind.CONTEXT:
             share = plan.partition.patches[patch].at_level(exchange.level).area / exchange.shape[0]
             received = round(received / max(1e-9, 1 - share)) if share < 1 else 0
-        total += received * (1 if is_reference or policy is Policy.FROZEN else DEPTH)
+        versions = {Policy.FROZEN: 1, Policy.EXTRAPOLATED: DEPTH + 1}.get(policy, DEPTH)
+        total += received * (1 if is_reference else versions)
+        if (
+            exchange.codec is not Codec.NONE
+        ):  # what was rebuilt of the last versions, and the sender's own sums
+            plain = exchange.elements_received[patch] * DTYPE_BYTES[exchange.dtype]
+            total += DEPTH * plain + _FP32_BYTES * exchange.elements_received[patch] // max(
+                1, plan.mesh.patch - 1
+            )
     if plan.mesh.patch > 1 and plan.is_attached:
         own = plan.extent(patch)
         total += (

@@ -26,12 +26,13 @@ from distri.simulator.costs import ComputeFactory
 from distri.simulator.hardware import Cluster, Tag
 from distri.simulator.kernels import HEAD_SIZE, Layers, Service, Shard
 from distri.simulator.longest_path import Run, longest_path_ns, run_longest_path
-from distri.simulator.lowering import GATHER_ALL, TEXT_TOKENS, Lowering, host_end
+from distri.simulator.lowering import GATHER_ALL, TEXT_TOKENS, Lowering
 from distri.simulator.memory import WORKSPACE_BYTES, memory_of
 from distri.simulator.methods import Method, lower_method
 from distri.simulator.options import CtaPolicy, SimulationOptions
 from distri.simulator.result import RankTime, SimulationResult
 from distri.simulator.spans import RankTotals, Segment, critical_path
+from distri.simulator.steps import host_end
 from distri.simulator.tasks import COMPUTE_STREAM, HOST_LANE, STREAM_NAMES, Compute, StepTemplate, TaskList
 
 _NS = 1e9
@@ -151,8 +152,20 @@ def _on_path(path: Sequence[Segment], streams: Sequence[str]) -> float:
 
 
 def _compressed(path: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Neighbouring calls of the warm-up's many layers stay; equal runs of segments are counted once already."""
-    return tuple(path)
+    """Hops of one call that follow each other, over however many ranks, are one segment of the first one's rank."""
+    joined: list[Segment] = []
+    for segment in path:
+        before = joined[-1] if joined else None
+        alike = before is not None and segment.operations is None and before.operations is None
+        if before is not None and alike and _kind_of(before) == _kind_of(segment):
+            joined[-1] = dataclasses.replace(before, duration_ns=before.duration_ns + segment.duration_ns)
+        else:
+            joined.append(segment)
+    return tuple(joined)
+
+
+def _kind_of(segment: Segment) -> tuple[str, str, int]:
+    return segment.stream, segment.label, segment.count
 
 
 def _rank_times(run: Run) -> tuple[RankTime, ...]:

@@ -9,8 +9,9 @@ from distri.core.policy import ExchangeKind, Phase
 from distri.core.program import InstructionKind, step_program
 from distri.core.refresh import RefreshRule
 from distri.simulator.longest_path import run_longest_path
-from distri.simulator.lowering import Lowering, PlanLowering, WaitKind, phases_of, serving_of
+from distri.simulator.lowering import Lowering, PlanLowering, phases_of, serving_of
 from distri.simulator.options import CtaPolicy, SimulationOptions
+from distri.simulator.steps import WaitKind
 from distri.simulator.tasks import Compute, Post, Wait
 from tests.simulator.helpers import POLICIES, cluster_of, graph_of, lowering_of, plan_of, plans, tasks_of
 

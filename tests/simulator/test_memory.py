@@ -65,3 +65,11 @@ def test_sdxl_at_3840_fits_an_a100_and_needs_most_for_weights_and_contexts() -> 
     assert use.fits
     assert use.weights == 2 * graph_of("sdxl").weight_elements
     assert use.stale_values > use.weights
+
+
+def test_codecs_and_extrapolation_pay_in_memory_for_what_they_rebuild() -> None:
+    plain, coded, ahead = (
+        stale_bytes(plan_of(4, policy), graph_of(), 1) for policy in ("stale", "int8", "extrapolated")
+    )
+    assert plain < coded
+    assert plain < ahead
