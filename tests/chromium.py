@@ -83,6 +83,6 @@ class Browser:
             *flags,
         ]
         command.append((self._folder / "outer.html").as_uri())
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout

@@ -171,10 +171,17 @@ run_options = with_options(
     plan_options("demo", 2),
     click.option(
         "--backend",
-        type=click.Choice(("torch", "in_process")),
+        type=click.Choice(("torch", "in_process", "sim")),
         default="torch",
         show_default=True,
-        help="One process a rank (NCCL, gloo), or all ranks in this one.",
+        help="One process a rank (NCCL, gloo), all ranks in this one, or that on a simulated machine's clock.",
+    ),
+    click.option(
+        "--hardware",
+        default="a100-sxm",
+        show_default=True,
+        metavar="NAME|FILE",
+        help="The machine of --backend sim; see `distri hardware list`.",
     ),
     click.option(
         "--prompt",
