@@ -19,6 +19,7 @@ DRIVER = CORE | {"distri.backends.base", "distri.config", "distri.models", "dist
 MAY_IMPORT = {
     "distri.core": {"distri.errors", "networkx", "numpy"},
     "distri.config": CORE | {"distri.simulator", "pydantic", "yaml"},
+    "distri.search": CORE | {"distri.config", "distri.simulator", "numpy"},  # docs/decisions/0020
     "distri.simulator": CORE | {"networkx", "numpy", "scipy", "simpy"},
     "distri.nn": CORE | {"torch"},
     "distri.models": CORE
@@ -40,7 +41,18 @@ MAY_IMPORT = {
     "distri.backends.simulated": BACKEND | {"distri.simulator"},
 }
 # What drives a run on a backend; a concrete backend is asked for by its name, which `pipeline.open_backend` resolves.
-DRIVERS = ("contact_sheet", "evaluation", "executor", "launch", "pipeline", "profiler", "quality", "session")
+DRIVERS = (
+    "bench",
+    "checkpoint",
+    "contact_sheet",
+    "evaluation",
+    "executor",
+    "launch",
+    "pipeline",
+    "profiler",
+    "quality",
+    "session",
+)
 DRIVER |= {f"distri.{name}" for name in DRIVERS} | {"torch", "numpy", "PIL", "safetensors", "skimage"}
 MAY_IMPORT |= {f"distri.{name}": DRIVER for name in DRIVERS}
 MAY_IMPORT["distri.pipeline"] = DRIVER | {"distri.backends"}
@@ -48,7 +60,7 @@ MAY_IMPORT["distri.profiler"] = DRIVER | {
     "distri.backends.torch_distributed"
 }  # it measures that very backend's wires
 MAY_IMPORT["distri.evaluation"] = DRIVER | {"lpips"}
-MAY_IMPORT |= {"distri.errors": set(), "distri.cli": {"distri", "click", "rich"}}
+MAY_IMPORT |= {"distri.errors": set(), "distri.cli": {"distri", "click", "rich", "PIL"}}
 MAY_IMPORT |= {"distri": {"distri.pipeline"}, "distri.__main__": {"distri.cli"}, "distri.backends": set()}
 
 

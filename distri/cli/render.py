@@ -6,7 +6,7 @@ Where a stream is not a terminal there are no colours and no bars.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from distri.core.plan import Exchange, Plan
@@ -168,6 +168,24 @@ def progress_bar(title: str, is_shown: bool = True) -> Iterator[Callable[[int, i
 
         def advance(done: int, total: int) -> None:
             bars.update(task, completed=done, total=total)
+
+        yield advance
+
+
+@contextmanager
+def late_progress_bar(title: str, after_s: float = 1.0) -> Iterator[Callable[[int, int], None]]:
+    """As `progress_bar`, but it appears only when the work has taken longer than `after_s`."""
+    import time
+
+    start = time.monotonic()
+    with ExitStack() as opened:
+        bars: list[Callable[[int, int], None] | None] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bars and time.monotonic() - start > after_s:
+                bars.append(opened.enter_context(progress_bar(title)))
+            if bars and bars[0] is not None:
+                bars[0](done, total)
 
         yield advance
 

@@ -12,6 +12,8 @@ from distri.core.verify import verify
 from distri.errors import PlanError
 
 MAX_PLAN_BYTES = 64 * 2**20
+COMMENTARY = "search"
+"""What `distri plan` found beside the plan: for people, not covered by the hash, not read by a run."""
 
 
 def dump_plan(plan: Plan) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def parse_plan(text: str) -> Plan:
         raise PlanError(
             f"this distri reads plans of schema {SCHEMA_VERSION}; this one is of schema {data['schema_version']!r}"
         )
+    data.pop(COMMENTARY, None)
     plan = _validate({key: value for key, value in data.items() if key != "bands"})
     verify(plan)
     if dump_plan(plan) != data:
