@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text-minutes", type=float, default=8.0)
     parser.add_argument("--unet-minutes", type=float, default=70.0)
     parser.add_argument("--decoder-minutes", type=float, default=8.0)
+    parser.add_argument("--export", type=Path, help="folder of the checkpoint (default: OUT/checkpoint)")
     flags = parser.parse_args(arguments)
     torch.set_num_threads(flags.threads)
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             from distri.models.demo.export import export
 
-            export(flags.out, flags.out / "checkpoint")
+            export(flags.out, flags.export or flags.out / "checkpoint")
 
 
 if __name__ == "__main__":
