@@ -7,27 +7,38 @@ once more on one device from the same noise.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distri.core.plan import Plan
-from distri.errors import OutputError
+from distri.errors import OutputError, RunError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from distri.checkpoint import ResumePoint, RunIdentity
+    from distri.session import Session
+
 Progress = Callable[[int, int], None]
+PATHS = ("output", "checkpoint", "resume")
+RANK_BODY = "distri.executor:run_as_rank"
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What to draw, by which plan, on which backend."""
+    """What to draw, by which plan, on which backend; and what is done against faults.
+
+    checkpoint: where a checkpoint is written every `checkpoint_every` steps (0: never). resume: a checkpoint to go on
+    from. may_resume: go on from `checkpoint` if there is one. check_finite: look for NaN once in so many steps.
+    """
 
     model: str
     plan: Plan
@@ -38,6 +49,11 @@ class RunRequest:
     backend: str = "torch"
     output: Path | None = None
     timeout_s: float = 60.0
+    checkpoint_every: int = 0
+    checkpoint: Path | None = None
+    resume: Path | None = None
+    may_resume: bool = False
+    check_finite: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,10 +82,10 @@ class CompareResult:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a drawing rank has in the end: the final latent (1, C, H, W), the picture, and the time."""
+    """What a drawing rank has in the end: the final latent (1, C, H, W), the picture if it decoded, and the time."""
 
     latent_BCHW: Tensor
-    image: Image
+    image: Image | None
     seconds: float
     seconds_per_step: float
 
@@ -82,12 +98,18 @@ def run(request: RunRequest, progress: Progress | None = None) -> RunResult:
         RunError: a rank failed.
     """
     check_output(request.output)
+    find_start(request)
     if starts_ranks(request):
-        result = _on_ranks(request, progress)
+        try:
+            result = _on_ranks(request, progress)
+        finally:
+            _remove_unfinished(request.output)
     else:
-        drawing = draw(request, progress)
+        drawing = draw(request, progress, decodes=is_writer())
         save(drawing.image, request.output, is_writer())
         result = {"seconds": drawing.seconds, "seconds_per_step": drawing.seconds_per_step}
+    if is_writer():
+        forget_checkpoint(request)
     return RunResult(
         request.output, result["seconds"], result["seconds_per_step"], request.plan.mesh.size, request.backend
     )
@@ -103,8 +125,8 @@ def is_writer() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def draw(request: RunRequest, progress: Progress | None = None) -> Drawing:
-    """Draw in this process, as all ranks or as one of them."""
+def draw(request: RunRequest, progress: Progress | None = None, decodes: bool = True) -> Drawing:
+    """Draw in this process, as all ranks or as one of them; without decoding, the picture is None."""
     from distri.models.load import load_pipeline
     from distri.pipeline import open_backend, parallelize
 
@@ -112,8 +134,85 @@ def draw(request: RunRequest, progress: Progress | None = None) -> Drawing:
     pipe = load_pipeline(request.model, request.plan.dtype)
     name = request.backend if request.plan.mesh.size > 1 else "in_process"
     backend = open_backend(name, request.plan, pipe.unet.device, request.timeout_s)
-    with parallelize(pipe, request.plan, backend):
-        return call_pipeline(pipe, request, progress)
+    with one_sentence_for_lack_of_memory(), parallelize(pipe, request.plan, backend) as session:
+        take_precautions(session, pipe, request)
+        return call_pipeline(pipe, request, progress, decodes)
+
+
+def take_precautions(session: Session, pipe: Any, request: RunRequest) -> None:
+    """Compare the ranks' weights, and set up what the request asks for against faults.
+
+    Raises:
+        CheckpointError: the checkpoint to resume from is damaged or of another run.
+        RunError: the ranks differ.
+    """
+    from distri.checkpoint import CheckpointDirectory, CheckpointWriter
+    from distri.models.weights import weights_digest
+    from distri.session import Safeguards
+
+    weights = weights_digest(pipe.unet)
+    start = find_start(request, weights)
+    session.agree({"weights": weights, "point to resume from": start.summary if start else "the beginning"})
+    writer = None
+    if request.checkpoint_every and request.checkpoint is not None:
+        identity = identity_of(request).with_weights(weights)
+        target = CheckpointDirectory(request.checkpoint, identity, request.plan)
+        if is_writer():
+            target.clear(after=start.step if start is not None else -1)
+        writer = CheckpointWriter(target, request.checkpoint_every, start)
+    session.guard(Safeguards(writer, start, request.check_finite))
+
+
+def identity_of(request: RunRequest) -> RunIdentity:
+    """What a checkpoint of this run says of it."""
+    from distri.checkpoint import RunIdentity
+
+    return RunIdentity.of(
+        request.plan, request.prompt, request.negative_prompt, request.seed, request.guidance_scale
+    )
+
+
+def find_start(request: RunRequest, weights: str = "") -> ResumePoint | None:
+    """Where the run goes on: from the checkpoint asked for, or from the run's own if it may and there is one.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it is of another run.
+    """
+    from distri.checkpoint import CheckpointDirectory, CheckpointError, directory_of
+
+    source, last_step = request.resume, None
+    if source is not None:
+        source, last_step = directory_of(source)
+    elif request.may_resume:
+        source = request.checkpoint
+    if source is None:
+        return None
+    found = CheckpointDirectory(source, identity_of(request).with_weights(weights), request.plan).find(
+        last_step
+    )
+    if found is None and request.resume is not None:
+        raise CheckpointError(f"{request.resume}: there is no checkpoint of a completed step")
+    return found
+
+
+def forget_checkpoint(request: RunRequest) -> None:
+    """Remove the checkpoint of a run that is done."""
+    from distri.checkpoint import CheckpointDirectory
+
+    if request.checkpoint_every and request.checkpoint is not None:
+        CheckpointDirectory(request.checkpoint, identity_of(request), request.plan).clear()
+
+
+@contextmanager
+def one_sentence_for_lack_of_memory() -> Iterator[None]:
+    """Turn what torch says at length when memory runs out into a `RunError`."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        said = str(error).strip().splitlines()
+        raise RunError(f"{type(error).__name__}: {said[0]}" if said else type(error).__name__) from error
 
 
 def use_threads(num_ranks: int) -> None:
@@ -123,7 +222,9 @@ def use_threads(num_ranks: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
 
 
-def call_pipeline(pipe: Any, request: RunRequest, progress: Progress | None = None) -> Drawing:
+def call_pipeline(
+    pipe: Any, request: RunRequest, progress: Progress | None = None, decodes: bool = True
+) -> Drawing:
     """The pipeline's own `__call__`, from seeded noise on the CPU; the latent is kept before it is decoded."""
     import torch
 
@@ -151,9 +252,12 @@ def call_pipeline(pipe: Any, request: RunRequest, progress: Progress | None = No
             num_images_per_prompt=image.num_images,
             generator=torch.Generator("cpu").manual_seed(request.seed),
             callback_on_step_end=on_step_end,
+            output_type="pil" if decodes else "latent",
         )
     seconds = time.perf_counter() - start
-    return Drawing(kept["latent"], result.images[0], seconds, _seconds_per_step(start, times))
+    return Drawing(
+        kept["latent"], result.images[0] if decodes else None, seconds, _seconds_per_step(start, times)
+    )
 
 
 def _seconds_per_step(start: float, times: list[float]) -> float:
@@ -216,7 +320,9 @@ def _compared(request: RunRequest, planned: Drawing, alone: Drawing) -> CompareR
 
     from distri.quality import psnr_db, ssim
 
-    ours, reference = (np.asarray(drawing.image.convert("RGB")) for drawing in (planned, alone))
+    assert planned.image is not None
+    assert alone.image is not None
+    ours, reference = (np.asarray(image.convert("RGB")) for image in (planned.image, alone.image))
     difference = (planned.latent_BCHW.float() - alone.latent_BCHW.float()).abs()
     save(side_by_side(alone.image, planned.image), request.output, is_writer())
     return CompareResult(
@@ -245,7 +351,7 @@ def _on_ranks(request: RunRequest, progress: Progress | None, latent: Path | Non
 
     result: dict[str, Any] = run_ranks(
         request.plan.mesh.size,
-        "distri.executor:run_as_rank",
+        RANK_BODY,
         {**request_to_json(request), "latent": str(latent) if latent is not None else None},
         timeout_s=request.timeout_s,
         on_progress=progress,
@@ -256,7 +362,7 @@ def _on_ranks(request: RunRequest, progress: Progress | None, latent: Path | Non
 def run_as_rank(arguments: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
     """The body of one started rank."""
     request = request_from_json(arguments)
-    drawing = draw(request, progress)
+    drawing = draw(request, progress, decodes=is_writer())
     save(drawing.image, request.output, is_writer())
     if arguments.get("latent") and is_writer():
         _save_latent(drawing.latent_BCHW, Path(arguments["latent"]))
@@ -269,8 +375,7 @@ def request_to_json(request: RunRequest) -> dict[str, Any]:
 
     body = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     body["plan"] = dump_plan(request.plan)
-    body["output"] = str(request.output) if request.output is not None else None
-    return body
+    return {**body, **{name: str(body[name]) for name in PATHS if body[name] is not None}}
 
 
 def request_from_json(body: dict[str, Any]) -> RunRequest:
@@ -282,7 +387,7 @@ def request_from_json(body: dict[str, Any]) -> RunRequest:
     names = {field.name for field in dataclasses.fields(RunRequest)}
     values = {name: value for name, value in body.items() if name in names}
     values["plan"] = parse_plan(json.dumps(body["plan"]))
-    values["output"] = Path(body["output"]) if body["output"] is not None else None
+    values |= {name: Path(body[name]) for name in PATHS if body[name] is not None}
     return RunRequest(**values)
 
 
@@ -304,13 +409,20 @@ def check_output(path: Path | None) -> None:
         raise OutputError(f"{path}: the directory {path.parent} is not writable")
 
 
-def save(image: Image, path: Path | None, writer: bool = True) -> None:
+def _remove_unfinished(path: Path | None) -> None:
+    """Remove what ranks that were killed while they wrote have left; all of them have ended."""
+    if path is not None:
+        for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*{path.suffix}"):
+            unfinished.unlink(missing_ok=True)
+
+
+def save(image: Image | None, path: Path | None, writer: bool = True) -> None:
     """Write a picture whole or not at all.
 
     Raises:
         OutputError: the file system refuses.
     """
-    if path is None or not writer:
+    if path is None or image is None or not writer:
         return
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:

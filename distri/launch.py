@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ Target = Callable[[Any, Report], Any]
 
 LOOPBACK = "127.0.0.1"
 SETTLE_S = 3.0
+LIFE_S = 1.0
 TERM_S = 1.0
 TAIL_BYTES = 2000
 CONSEQUENCE = "LostPeerError"
@@ -56,8 +58,8 @@ def run_ranks(
 ) -> Any:
     """Run `target` ("module:function") on `num_ranks` ranks; returns rank 0's result (under torchrun, this rank's).
 
-    timeout_s: once rank 0 is done, how long the others may take to finish. How long ranks wait for one another while
-    they run is the backend's affair.
+    timeout_s: how long a rank may give no sign of life; and once rank 0 is done, how long the others may take. How
+    long ranks wait for one another's values is the backend's affair.
 
     Raises:
         UserError: a rank raised one.
@@ -111,6 +113,8 @@ class _Rank:
     result: Any = None
     has_result: bool = False
     failure: tuple[str, str] | None = field(default=None)
+    heard_s: float = field(default_factory=time.monotonic)
+    ticks: int = 0
 
     @property
     def who(self) -> str:
@@ -120,6 +124,7 @@ class _Rank:
     def read(self) -> list[Any]:
         """Take in what the pipe holds; returns progress reports."""
         data = os.read(self.pipe.fileno(), 1 << 16)
+        self.heard_s = time.monotonic()
         self.is_open = bool(data)
         *lines, self.pending = (self.pending + data).split(b"\n")
         return [report for line in lines for report in self._take(json.loads(line))]
@@ -130,9 +135,21 @@ class _Rank:
         elif "error" in message:
             kind, text = message["error"]
             self.failure = (kind, text)
-        else:
+        elif "progress" in message:
             return [message["progress"]]
         return []
+
+    def check_life(self, timeout_s: float) -> None:
+        """Note that a rank was stopped, or hangs so that not even its sign of life comes.
+
+        One that uses the processor is alive, even if it is too busy to say so, as it may be while it loads.
+        """
+        ticks = _processor_ticks(self.process.pid)
+        if ticks != self.ticks:
+            self.ticks, self.heard_s = ticks, time.monotonic()
+        silent_s = time.monotonic() - self.heard_s
+        if self.is_open and self.failure is None and silent_s > timeout_s:
+            self.failure = ("RunError", f"{self.who}: gave no sign of life for {timeout_s:g} s")
 
     def finish(self) -> None:
         """Called once the pipe is closed: wait for the end, and note a death without a word."""
@@ -150,6 +167,16 @@ class _Rank:
         self.stderr.seek(max(0, self.stderr.tell() - TAIL_BYTES))
         lines = self.stderr.read().decode(errors="replace").strip().splitlines()
         return f"; it said last: {lines[-1]}" if lines else ""
+
+
+def _processor_ticks(pid: int) -> int:
+    """How long a process has computed, in the kernel's ticks; 0 where that cannot be known."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
 
 
 def _death(code: int) -> str:
@@ -170,6 +197,7 @@ def _start(ranks: list[_Rank], num_ranks: int, target: str, arguments: str) -> N
             stderr = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed by `_stop`
             fds = [writer, listener.fileno()] if rank == 0 else [writer]
             settings = {
+                "life_s": LIFE_S,
                 "target": target,
                 "arguments": arguments,
                 "pipe": writer,
@@ -226,6 +254,8 @@ def _watch(ranks: Sequence[_Rank], timeout_s: float, report: Report) -> Any:
         while selector.get_map():
             for key, _ in selector.select(timeout=0.2):
                 _listen(key.data, selector, report)
+            for rank in ranks:
+                rank.check_life(timeout_s + LIFE_S)
             if deadline is None:
                 if any(rank.failure for rank in ranks):
                     deadline = time.monotonic() + SETTLE_S
@@ -339,11 +369,28 @@ def _main() -> int:
     with os.fdopen(settings["pipe"], "w", encoding="utf-8") as pipe:
         os.set_inheritable(pipe.fileno(), False)
 
-        def say(message: dict[str, Any]) -> None:
-            pipe.write(json.dumps(message) + "\n")
-            pipe.flush()
+        lock = threading.Lock()
 
-        return _run(settings, say)
+        def say(message: dict[str, Any]) -> None:
+            with lock:
+                pipe.write(json.dumps(message) + "\n")
+                pipe.flush()
+
+        ended = threading.Event()
+        threading.Thread(
+            target=_live, args=(say, settings["life_s"], ended), name="life", daemon=True
+        ).start()
+        try:
+            return _run(settings, say)
+        finally:
+            ended.set()
+
+
+def _live(say: Callable[[dict[str, Any]], None], period_s: float, ended: threading.Event) -> None:
+    """Give a sign of life until the rank has ended; a process that is stopped gives none."""
+    while not ended.wait(period_s):
+        with contextlib.suppress(ValueError, OSError):  # the pipe closes while this thread is at it
+            say({"alive": True})
 
 
 def _run(settings: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> int:

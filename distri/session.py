@@ -6,8 +6,10 @@ process, on two models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,16 +17,38 @@ import torch
 from torch import Tensor, nn
 
 from distri.backends.base import Backend
-from distri.core.exchanger import Exchanger
-from distri.core.policy import Phase
+from distri.checkpoint import CheckpointWriter, ResumePoint
+from distri.core.exchanger import Exchanger, Transport
+from distri.core.policy import Phase, Policy
 from distri.core.refresh import PhaseControl
-from distri.errors import PlanError
+from distri.errors import PlanError, RunError
 from distri.models.arguments import arguments_of_rank, bind, branch_of, check_latent
 from distri.models.attach import Attachment, ReplacedForward, attach_layers
+from distri.models.weights import denoiser_output
+from distri.nn.finite import FiniteCheck
 from distri.nn.rank_context import RankContext, RankLocal
 from distri.nn.reconstruction import Reconstruction
+from distri.nn.resumable import Resumable
 
 ImageToken = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    """What a session does against faults, for its first image.
+
+    writer: records each step. start: where the image goes on. check_finite: look for NaN once in so many steps, or
+    never if 0.
+    """
+
+    writer: CheckpointWriter | None = None
+    start: ResumePoint | None = None
+    check_finite: int = 0
+
+    @property
+    def first_step(self) -> int:
+        """The first step that really runs."""
+        return self.start.step if self.start is not None else 0
 
 
 class Session:
@@ -43,6 +67,9 @@ class Session:
         self._step = -1
         self._last_BCHW: Tensor | None = None
         self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
+        self._guards = Safeguards()
+        self._num_images = 0
+        self._resumables: dict[int, Resumable] = {}
         self._contexts = {rank: self._open_rank(rank) for rank in backend.local_ranks}
         self._threads = ThreadPoolExecutor(len(self._contexts), "rank") if len(self._contexts) > 1 else None
         self._attachment = Attachment()
@@ -56,8 +83,52 @@ class Session:
             raise
 
     def _open_rank(self, rank: int) -> RankContext:
-        transport = Reconstruction(self.plan, rank, self.backend.transport(rank))
+        inner = self.backend.transport(rank)
+        guards = self._guards
+        transport: Transport[Tensor]
+        if guards.writer is None and guards.start is None:
+            transport = Reconstruction(self.plan, rank, inner)
+        else:
+            transport = self._resumables[rank] = Resumable(self.plan, rank, inner)
+        if guards.check_finite:
+            transport = FiniteCheck(rank, guards.check_finite, transport)
         return RankContext(Exchanger(self.plan, rank, transport))
+
+    def guard(self, guards: Safeguards) -> None:
+        """Take these precautions; called before the first forward.
+
+        Raises:
+            PlanError: the plan's policy cannot go on from there.
+        """
+        assert self._num_images == 0, "precautions are taken before the first image"
+        start = guards.start
+        is_among_others = start is not None and start.held is None and start.step >= self.plan.warmup_steps
+        reads_long_past = any(e.steady is Policy.FROZEN or e.reach is not None for e in self.plan.exchanges)
+        if is_among_others and reads_long_past and guards.first_step < self._planned:
+            raise PlanError(
+                f"policy {self.plan.policy.name!r} reads values of steps long past, which other ranks do not have; "
+                "resume on the same ranks, or draw from the beginning"
+            )
+        self._guards = guards
+        self._contexts = {rank: self._open_rank(rank) for rank in self.backend.local_ranks}
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Hold that these facts are the same on every rank.
+
+        Raises:
+            RunError: this rank differs from rank 0.
+        """
+        theirs: dict[str, str] = self.backend.broadcast(dict(facts))
+        for name, ours in facts.items():
+            if theirs.get(name) != ours:
+                raise RunError(
+                    f"the ranks do not agree on the {name}: rank 0 has {theirs.get(name)}, "
+                    f"rank {self.backend.local_ranks[0]} has {ours}; start all ranks with the same"
+                )
+
+    @property
+    def _planned(self) -> int:
+        return self.plan.image.num_inference_steps
 
     def __enter__(self) -> Session:
         return self
@@ -65,6 +136,8 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.backend.abort(error)
         self.close()
 
     def close(self) -> None:
@@ -78,6 +151,7 @@ class Session:
         """Forget everything of the last image; the next forward is step 0."""
         self._step = -1
         self._last_BCHW = None
+        self._num_images += 1
         self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
         for context in self._contexts.values():
             context.begin_image()
@@ -95,8 +169,41 @@ class Session:
         if self._step == 0:
             self._shared = self._share(arguments)
         arguments.update(self._shared)
+        if self._is_guarded and self._step < self._guards.first_step:
+            return self._replay(arguments)
         results = self._run_ranks(original, arguments)
-        return self._whole(results)
+        whole = self._whole(results)
+        if self._is_guarded and self._guards.writer is not None:
+            self._record(self._guards.writer, whole)
+        return whole
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self._num_images == 1
+
+    def _replay(self, arguments: Mapping[str, Any]) -> Any:
+        """The output of a step that was completed before the fault."""
+        assert self._guards.start is not None
+        sample_BCHW: Tensor = arguments["sample"]
+        output_BCHW = self._guards.start.outputs[self._step].to(sample_BCHW.device)
+        return denoiser_output(output_BCHW, arguments.get("return_dict", True))
+
+    def _record(self, writer: CheckpointWriter, whole: Any) -> None:
+        held = {rank: partial(kept.held, self._step + 1) for rank, kept in self._resumables.items()}
+        writer.step_done(self._step, whole[0], held)
+
+    def _first_phase(self, phase: Phase | None) -> Phase | None:
+        """The phase of the first step after a fault; without the versions that the ranks held it is a fresh one."""
+        start = self._guards.start
+        if not self._is_guarded or start is None or self._step != start.step or self._step == 0:
+            return phase
+        return Phase.WARMUP if start.held is None else phase
+
+    def _restore(self, device: torch.device) -> None:
+        start = self._guards.start
+        if self._is_guarded and start is not None and start.held is not None and self._step == start.step:
+            for rank, kept in self._resumables.items():
+                kept.restore(start.step, start.held(rank), device)
 
     def _share(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What rank 0 has of the conditioning, on every rank: seeds and encoders are not trusted to agree."""
@@ -114,27 +221,33 @@ class Session:
     def _begin_step(self, sample_BCHW: Tensor) -> Tensor:
         """Start a step from rank 0's latent, in the phase that rank 0 decides."""
         self._step += 1
-        planned = self.plan.image.num_inference_steps
-        if self._step >= planned:
+        if self._step >= self._planned:
             raise PlanError(
-                f"the plan is for {planned} forwards of the denoiser, the pipeline runs more; "
+                f"the plan is for {self._planned} forwards of the denoiser, the pipeline runs more; "
                 "plan with as many steps as the scheduler evaluates (a second-order one evaluates twice a step)"
             )
+        latent_BCHW: Tensor
+        phase: Phase | None = None
         if self.plan.refresh is None:
-            latent_BCHW, phase = self.backend.broadcast(sample_BCHW), None
+            latent_BCHW = self.backend.broadcast(sample_BCHW)
         else:
             change = relative_change(sample_BCHW, self._last_BCHW)
             decided = self._control.decide(self._step, change)
             latent_BCHW, name = self.backend.broadcast([sample_BCHW, decided.value])
             phase, self._last_BCHW = Phase(name), latent_BCHW
         for context in self._contexts.values():
-            context.exchanger.begin_step(phase)
+            context.exchanger.begin_step(self._first_phase(phase))
+        self._restore(latent_BCHW.device)
         return latent_BCHW
 
     def _run_ranks(self, original: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
         if self._threads is None:
             (context,) = self._contexts.values()
-            return [self._run_rank(context, original, arguments)]
+            try:
+                return [self._run_rank(context, original, arguments)]
+            except BaseException as error:
+                self.backend.abort(error)
+                raise
         threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
         def task(context: RankContext) -> Any:

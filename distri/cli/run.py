@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from distri.cli.options import json_option, request_from, run_options
 from distri.cli.output import print_json
 from distri.cli.render import progress_bar, show_result
+from distri.cli.simulated_run import run_simulated
+from distri.errors import RunError
+
+if TYPE_CHECKING:
+    from distri.executor import Progress, RunRequest, RunResult
+
+ELASTIC_EVERY = 5
+ELASTIC_ATTEMPTS = 4
 
 
 @click.command("run")
@@ -22,9 +34,50 @@ from distri.cli.render import progress_bar, show_result
     show_default=True,
     help="Where the picture goes.",
 )
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Keep what is needed to go on after a fault, every N steps. 0: never, the default; 5 with --elastic.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where it is kept; all hosts must see it. Default: beside the picture, PICTURE.checkpoint.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="DIR|FILE",
+    help="Go on from a checkpoint, on as many ranks as you like; on the same ranks the picture is the same.",
+)
+@click.option(
+    "--elastic",
+    is_flag=True,
+    help="Go on by itself after a fault: restarted by torchrun (on the ranks that are left), or here.",
+)
+@click.option(
+    "--check-finite",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Look for NaN and infinity in what is exchanged, every N steps. 0: never, the default.",
+)
 @json_option
 @click.pass_context
-def command(ctx: click.Context, /, output: Path, as_json: bool, **flags: Any) -> None:
+def command(
+    ctx: click.Context,
+    /,
+    output: Path,
+    as_json: bool,
+    checkpoint_every: int | None,
+    checkpoint: Path | None,
+    resume: Path | None,
+    elastic: bool,
+    check_finite: int,
+    **flags: Any,
+) -> None:
     """Draw a picture on several ranks, as a plan says.
 
     Starts the ranks itself, or takes its place among those that torchrun started.
@@ -35,13 +88,26 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, **flags: Any) ->
       distri run --gpus 4 --cfg-split off --prompt "a blue ring left of a red square on a white ground"
       distri plan --model demo --gpus 3 --bands 3,2,1 -o plan.json && distri run --plan plan.json
       torchrun --nproc-per-node 2 -m distri run --gpus 2
+      torchrun --nproc-per-node 2 --max-restarts 3 -m distri run --elastic
     """
     from distri import executor
 
     executor.check_output(output)
-    request = request_from(flags, output, ctx)
+    if elastic and flags["plan_path"] is None:
+        flags["gpus"] = int(os.environ.get("WORLD_SIZE", flags["gpus"]))
+    request = dataclasses.replace(
+        request_from(flags, output, ctx),
+        checkpoint_every=(ELASTIC_EVERY if elastic else 0) if checkpoint_every is None else checkpoint_every,
+        checkpoint=resume_directory(resume) or checkpoint or output.with_name(f"{output.name}.checkpoint"),
+        resume=resume,
+        may_resume=elastic,
+        check_finite=check_finite,
+    )
+    if request.backend == "sim":
+        run_simulated(request, flags["hardware"], as_json)
+        return
     with progress_bar("drawing", executor.is_writer()) as progress:
-        result = executor.run(request, progress)
+        result = run_elastic(request, progress) if elastic else executor.run(request, progress)
     if not executor.is_writer():
         return
     if as_json:
@@ -64,3 +130,27 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, **flags: Any) ->
             ("time of a step", f"{result.seconds_per_step:.3f} s"),
         ],
     )
+
+
+def resume_directory(resume: Path | None) -> Path | None:
+    """Where a resumed run goes on writing: beside what it resumes from."""
+    return resume if resume is None or resume.is_dir() else resume.parent
+
+
+def run_elastic(request: RunRequest, progress: Progress | None) -> RunResult:
+    """Run, and after a fault go on from the last checkpoint, a few times; torchrun restarts its ranks itself."""
+    from distri import executor
+
+    for attempt in range(1, ELASTIC_ATTEMPTS if executor.starts_ranks(request) else 1):
+        with saying_what_failed(attempt):
+            return executor.run(request, progress)
+    return executor.run(request, progress)
+
+
+@contextmanager
+def saying_what_failed(attempt: int) -> Iterator[None]:
+    """Report a fault and go on after it."""
+    try:
+        yield
+    except RunError as error:
+        click.echo(f"distri: attempt {attempt} of {ELASTIC_ATTEMPTS}: {error}; going on", err=True)

@@ -41,7 +41,8 @@ def _identity(store: Store, rank: int) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(store.get(f"identity/{rank}"))
     except RuntimeError as error:
-        raise RunError(f"rank {rank} did not come") from error
+        limit_s = store.timeout.total_seconds()
+        raise RunError(f"rank {rank} did not come to the rendezvous within {limit_s:g} s") from error
     return found
 
 

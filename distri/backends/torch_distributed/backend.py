@@ -213,7 +213,7 @@ class TorchBackend:
     def _from_rank_0(self, tensor: Tensor) -> Tensor:
         """Fill `tensor` with rank 0's, on the urgent lane and so in order with everything else."""
         ticket = self._links.urgent.submit(lambda: _broadcast(tensor))
-        self._transport.await_ticket(ticket, "the broadcast from rank 0")
+        self._transport.await_ticket(ticket, "the broadcast from rank 0", "broadcast")
         return tensor
 
     def _part(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,9 +28,13 @@ from distri.errors import RunError, ScheduleMismatchError
 
 @dataclass
 class TransportStats:
-    """What a rank has done so far. `waited_s` is communication that computation did not hide (CPU lanes only)."""
+    """What a rank has done so far. `waited_s` is communication that computation did not hide (CPU lanes only).
+
+    waited_by: the same by kind of exchange, and by "broadcast".
+    """
 
     waited_s: float = 0.0
+    waited_by: dict[str, float] = field(default_factory=dict)
     num_waits: int = 0
     num_parcels: int = 0
     bytes_received: int = 0
@@ -106,6 +110,8 @@ class TorchTransport:
     @property
     def position(self) -> str:
         """Where the rank is: its step and the last layer that exchanged something."""
+        if self._step >= self.plan.image.num_inference_steps:
+            return "after the last step"
         return f"step {self._step}" + (f", {self._layer}" if self._layer else "")
 
     @property
@@ -157,7 +163,8 @@ class TorchTransport:
         delivery = self._held.get(exchange.layer, version)
         route, slot = delivery.route, delivery.slot
         check_version(exchange.layer, version, self._slot_versions[route.key, slot])
-        self.await_ticket(delivery.ticket, f"{exchange.layer} ({exchange.kind.value}), version {version}")
+        kind = exchange.kind.value
+        self.await_ticket(delivery.ticket, f"{exchange.layer} ({kind}), version {version}", kind)
         if exchange.kind is ExchangeKind.HALO:
             return self.arena.incoming[route.key, slot]
         if exchange.kind is ExchangeKind.MOMENTS:
@@ -183,7 +190,7 @@ class TorchTransport:
         output.pack(own, self.who)
         wire = self._links.world_wire
         self._gather = self._links.urgent.submit(lambda: wire.exchange(output.sends, output.receives))
-        self.await_ticket(self._gather, f"the output, version {version}")
+        self.await_ticket(self._gather, f"the output, version {version}", exchange.kind.value)
         self.stats.bytes_received += sum(t.nbytes for t, _ in output.receives)
         self._step, self._layer = version + 1, ""
         return output.results(own)
@@ -269,7 +276,7 @@ class TorchTransport:
         if ticket is not None and not ticket.is_done:
             self.await_ticket(ticket, f"{route.layer}: its buffer")
 
-    def await_ticket(self, ticket: Ticket, what: str) -> None:
+    def await_ticket(self, ticket: Ticket, what: str, kind: str = "buffers") -> None:
         """Wait for a lane's work, and say who waited at which step for what if that was in vain.
 
         Raises:
@@ -282,7 +289,9 @@ class TorchTransport:
             cause = self._links.alarm.settled() or str(error)
             self._links.alarm.ring(cause)  # from here on, whoever waits for anything stops
             raise LostPeerError(f"{self.who}: step {self._step}, {what}: {cause}") from error
-        self.stats.waited_s += time.perf_counter() - started
+        waited = time.perf_counter() - started
+        self.stats.waited_s += waited
+        self.stats.waited_by[kind] = self.stats.waited_by.get(kind, 0.0) + waited
         self.stats.num_waits += 1
 
 
