@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import policy_table
 from distri.models.presets import load_graph
 from distri.simulator.hardware import Cluster
+from distri.simulator.result import SimulationResult
 from distri.simulator.topology import Topology
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +131,10 @@ def compare(points: list[Point], images: int) -> dict[str, Any]:
     }
 
 
-def row_of(point: Point, predicted: float, readings: list[float], cluster: Cluster) -> dict[str, Any]:
+def row_of(
+    point: Point, predicted: SimulationResult, ends: list[list[float]], cluster: Cluster
+) -> dict[str, Any]:
+    readings = [image[-1] for image in ends]
     measured = statistics.median(readings)
     link = cluster.links[-1]
     return {
@@ -141,10 +146,12 @@ def row_of(point: Point, predicted: float, readings: list[float], cluster: Clust
         "probed_latency_s": 2 * link.latency_s.value,
         "probed_handing_over_s": cluster.collectives.per_message_s.value,
         "probed_slowdown": cluster.collectives.compute_slowdown.value,
-        "predicted_s": predicted,
+        "predicted_s": predicted.latency_s,
         "measured_s": measured,
         "readings_s": readings,
-        "error": predicted / measured - 1,
+        "error": predicted.latency_s / measured - 1,
+        "predicted_steps_s": [seconds for _, seconds, count in predicted.steps for _ in range(count)],
+        "measured_steps_s": [b - a for a, b in pairwise([0.0, *ends[-1]])],
     }
 
 
@@ -170,7 +177,7 @@ def plan_of(point: Point) -> Plan:
 
 
 def profile_layers(ranks: int, folder: Path) -> Profile:
-    """Layer times with `ranks` processes beside each other."""
+    """Layer times with `ranks` processes beside each other, on the cores that the ranks will have."""
     path = folder / f"profile{ranks}.json"
     command = [
         sys.executable,
@@ -185,7 +192,8 @@ def profile_layers(ranks: int, folder: Path) -> Profile:
         str(SIDE),
     ]
     command += ["--gpus", str(ranks), "--beside", str(ranks), "-o", str(path)]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    with Network(ranks, None) as network:
+        on_ranks(network, command)
     return load_profile(path)
 
 
@@ -218,13 +226,24 @@ def on_ranks(network: Network, command: list[str]) -> str:
 
 
 def pinned(rank: int) -> list[str]:
-    """Keep a rank on one core, as the profile was taken."""
+    """Keep a rank on one core, as the profile was taken; ahead of other work on this machine, as far as that goes."""
     cores = sorted(os.sched_getaffinity(0))
-    return ["taskset", "--cpu-list", str(cores[rank % len(cores)])]
+    first = 'echo -20 >/proc/self/autogroup 2>/dev/null; exec nice -n -19 "$@"'
+    return [
+        "setsid",
+        "--wait",
+        "bash",
+        "-c",
+        first,
+        "rank",
+        "taskset",
+        "--cpu-list",
+        str(cores[rank % len(cores)]),
+    ]
 
 
-def measure(network: Network, plan: Plan, images: int) -> list[float]:
-    """Seconds of all denoising steps of each of several images."""
+def measure(network: Network, plan: Plan, images: int) -> list[list[float]]:
+    """When each denoising step ended, in seconds, for each of several images."""
     arguments = json.dumps({"plan": dump_plan(plan), "images": images})
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(arguments)
@@ -232,7 +251,8 @@ def measure(network: Network, plan: Plan, images: int) -> list[float]:
         said = on_ranks(
             network, [sys.executable, str(Path(__file__)), "--as-rank", json.dumps({"file": file.name})]
         )
-    return [float(reading) for reading in json.loads(said.splitlines()[-1])["seconds"]]
+    ends: list[list[float]] = json.loads(said.splitlines()[-1])["ends"]
+    return ends
 
 
 def run_as_rank(arguments: Mapping[str, Any]) -> None:
@@ -252,20 +272,22 @@ def run_as_rank(arguments: Mapping[str, Any]) -> None:
     model = fill(build_hollow("demo"), device, torch.float32)
     rows, cols = plan.latent.rows.size, plan.latent.cols.size
     inputs = step_arguments(model, plan.image.batch, rows, cols, device, torch.float32)
-    seconds = []
+    images: list[list[float]] = []
     with torch.inference_mode(), Session(model, TorchBackend(plan, device="cpu", timeout_s=300.0)) as session:
         for image in range(body["images"] + 1):
             session.begin_image()
             dist.barrier()
             start = time.perf_counter()
+            ends = []
             for _ in range(plan.image.num_inference_steps):
                 model(**inputs)
+                ends.append(time.perf_counter() - start)
             if image:  # the first one allocates buffers
-                seconds.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": seconds}))
+                images.append(ends)
+    print(json.dumps({"ends": images}))
 
 
-def predict(plan: Plan, cluster: Cluster, profile: Profile) -> float:
+def predict(plan: Plan, cluster: Cluster, profile: Profile) -> SimulationResult:
     """The simulator's answer."""
     from distri.simulator.measured import MeasuredOperations
     from distri.simulator.options import SimulationOptions
@@ -275,7 +297,7 @@ def predict(plan: Plan, cluster: Cluster, profile: Profile) -> float:
     return simulate(
         plan, load_graph("demo"), cluster, options,
         compute=lambda device, launch: MeasuredOperations(profile.measurements, fallback_of(device, launch)),
-    ).latency_s  # fmt: skip
+    )  # fmt: skip
 
 
 def fallback_of(device: Any, launch: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from distri.cli.render import console, scaled, show_result, table
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
+from distri.core.policy import policy_table
 from distri.errors import PartitionError, ProfileError
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 STEPS = 12
 """Denoising steps of a pass; the first two are not timed."""
+POLICIES = ("corrected", "local")
+"""Between them, all ways to run a layer: by distri's own and by the unmodified model, whole or on a patch."""
 
 
 @click.command("profile")
@@ -121,6 +126,8 @@ def _layers(ranks: tuple[int, ...], output: Path | None, as_json: bool, flags: d
         _command(),
     )
     profile = measure(request)
+    if os.environ.get("RANK", "0") != "0":
+        return
     text = dump_profile(profile)
     if output is not None:
         write_text(output, text)
@@ -139,16 +146,16 @@ def _plans(ranks: tuple[int, ...], flags: dict[str, Any], dtype: str) -> tuple[P
     graph = load_model_graph(flags["model"])
     image = ImageRequest(*image_size_of(flags), STEPS)
     plans, refused = [], None
-    for number in ranks:
-        for split in flags["splits"]:
-            for cfg_split in (False, True) if flags["cfg_split"] and number % 2 == 0 else (False,):
-                request = PlanRequest(
-                    image, number, cfg_split, warmup_steps=1, axis=SplitAxis(split), dtype=dtype
-                )
-                try:
-                    plans.append(make_plan(request, graph))
-                except PartitionError as error:
-                    refused = error
+    for number, split, cfg_split, policy in product(ranks, flags["splits"], (False, True), POLICIES):
+        if (cfg_split and (number % 2 or not flags["cfg_split"])) or (number == 1 and policy != POLICIES[0]):
+            continue
+        request = PlanRequest(
+            image, number, cfg_split, policy_table(policy), warmup_steps=1, axis=SplitAxis(split), dtype=dtype
+        )
+        try:
+            plans.append(make_plan(request, graph))
+        except PartitionError as error:
+            refused = error
     if refused is not None:
         raise refused
     return tuple(plans)
@@ -191,8 +198,6 @@ def _ms(seconds: float) -> str:
 
 
 def _links(num_ranks: int, output: Path | None, as_json: bool) -> None:
-    import os
-
     from distri.config.hardware import parse_cluster
     from distri.profiler.hardware_file import Provenance, hardware_text
     from distri.profiler.links import probe_links
