@@ -69,5 +69,5 @@ def _pack(integers_KV: Tensor, bits: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     parts = [(packed >> (bits * place)) & (2**bits - 1) for place in range(per_byte)]
-    integers_KV: Tensor = torch.stack(parts, dim=-1).view(packed.shape[0], -1).to(torch.int16)
-    return integers_KV - 2 ** (bits - 1)
+    offset_KV = torch.stack(parts, dim=-1).view(packed.shape[0], -1).to(torch.int16)
+    return torch.sub(offset_KV, 2 ** (bits - 1))
