@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import distri
+from distri.backends.torch_distributed.advice import advice_on_links
 from distri.backends.torch_distributed.agreement import check_identities, decode, describe_tensors, encode
 from distri.backends.torch_distributed.alarm import Alarm, LostPeerError, StoreWatch, first_line
 from distri.backends.torch_distributed.lane import Lane, open_lane
@@ -67,6 +69,9 @@ class TorchBackend:
         self._groups: list[dist.ProcessGroup] = []
         self._watch = StoreWatch(self._store, self._alarm)
         self._transport = self._open_transport(dtype)
+        if self.rank == 0 and self.device.type == "cuda":
+            for sentence in advice_on_links():
+                warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
     def transport(self, rank: int) -> TorchTransport:
         """The transport of this process's rank."""
