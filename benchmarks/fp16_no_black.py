@@ -1,0 +1,98 @@
+"""Half precision draws no black picture: random runs of the demo model, 512 and 768 pixels, four and eight patches.
+
+    python benchmarks/fp16_no_black.py --runs 100 -o benchmarks/results/fp16_no_black.json
+
+Each run draws prompt, seed, sampler, steps and guidance at random from a seeded generator; sizes, ranks and modes take
+turns. It draws in process and in float16, and looks at the latent after each step and at the picture: a NaN or an
+infinity anywhere, a picture that is black, or one of a single colour, fails it. Results are written after every run; an
+interrupted study goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distri.evaluation import EvaluationRequest, demo_prompts, draw, plan_of
+from distri.models.load import load_pipeline
+from distri.models.presets import load_graph
+
+MODES = ("corrected_async_gn", "stale_gn", "shifted_gn", "separate_gn", "sync_gn", "no_sync", "naive_patch")
+MODES += ("extrapolated", "residual_int4", "partial")
+BLACK = 8
+"""The brightest value, of 255, that a black picture has."""
+
+
+def case_of(number: int, prompts: tuple[str, ...]) -> dict[str, Any]:
+    """The `number`-th run: the same one every time. Sizes and ranks take turns, the rest is drawn."""
+    chance = random.Random(number)
+    return {
+        "run": number,
+        "pixels": (512, 768)[number % 2],
+        "ranks": (4, 8)[number // 2 % 2],
+        "mode": MODES[number // 4 % len(MODES)],
+        "sampler": chance.choice(("ddim", "euler", "dpm-solver++")),
+        "steps": chance.choice((4, 6, 8)),
+        "guidance_scale": chance.choice((1.0, 3.0, 7.5)),
+        "prompt": chance.choice(prompts),
+        "seed": chance.randrange(2**31),
+    }
+
+
+def run(pipe: Any, graph: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """Draw one case and judge it."""
+    request = EvaluationRequest(
+        "demo",
+        (case["prompt"],),
+        height=case["pixels"],
+        width=case["pixels"],
+        guidance_scale=case["guidance_scale"],
+        warmup_steps=1,
+        dtype="float16",
+    )
+    plan = plan_of(request, graph, case["mode"], case["ranks"], case["steps"])
+    started = time.perf_counter()
+    trace = draw(pipe, request, case["sampler"], case["steps"], case["prompt"], case["seed"], plan)
+    picture = trace.picture.astype(np.float32)
+    return {
+        **case,
+        "finite": all(bool(latent.isfinite().all()) for latent in trace.latents),
+        "brightest": int(picture.max()),
+        "spread": round(float(picture.std()), 3),
+        "largest_latent": round(max(float(latent.abs().max()) for latent in trace.latents), 3),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def is_good(result: dict[str, Any]) -> bool:
+    """No NaN, not black, not of one colour."""
+    return bool(result["finite"] and result["brightest"] > BLACK and result["spread"] > 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text())["results"] if arguments.output.exists() else []
+    pipe, graph, prompts = load_pipeline("demo", "float16"), load_graph("demo"), demo_prompts(20)
+    pipe.set_progress_bar_config(disable=True)
+    for number in range(len(results), arguments.runs):
+        results.append(run(pipe, graph, case_of(number, prompts)))
+        bad = [result["run"] for result in results if not is_good(result)]
+        summary = {"runs": len(results), "bad": bad, "dtype": "float16"}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps({**summary, "results": results}, indent=1) + "\n")
+        print(json.dumps(results[-1]), flush=True)
+    bad = [result["run"] for result in results if not is_good(result)]
+    print(f"{len(results)} runs, bad: {bad or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
