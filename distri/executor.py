@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distri.core.plan import Plan
-from distri.errors import OutputError, RunError
+from distri.errors import OutputError, RunError, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +38,7 @@ class RunRequest:
 
     checkpoint: where a checkpoint is written every `checkpoint_every` steps (0: never). resume: a checkpoint to go on
     from. may_resume: go on from `checkpoint` if there is one. check_finite: look for NaN once in so many steps.
+    compiler: the `torch.compile` backend for what lies between exchanges.
     """
 
     model: str
@@ -54,6 +55,7 @@ class RunRequest:
     resume: Path | None = None
     may_resume: bool = False
     check_finite: int = 0
+    compiler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,16 +129,43 @@ def is_writer() -> bool:
 
 def draw(request: RunRequest, progress: Progress | None = None, decodes: bool = True) -> Drawing:
     """Draw in this process, as all ranks or as one of them; without decoding, the picture is None."""
+    from distri.models.compiling import compile_regions
     from distri.models.load import load_pipeline
     from distri.pipeline import open_backend, parallelize
 
     use_threads(request.plan.mesh.size)
-    pipe = load_pipeline(request.model, request.plan.dtype)
+    pipe = place(load_pipeline(request.model, request.plan.dtype))
+    if request.compiler is not None:
+        compile_regions(pipe.unet, request.plan, request.compiler)
     name = request.backend if request.plan.mesh.size > 1 else "in_process"
     backend = open_backend(name, request.plan, pipe.unet.device, request.timeout_s)
     with one_sentence_for_lack_of_memory(), parallelize(pipe, request.plan, backend) as session:
         take_precautions(session, pipe, request)
-        return call_pipeline(pipe, request, progress, decodes)
+        text = encode_text(session, pipe, request)
+        return call_pipeline(pipe, request, text, progress, decodes)
+
+
+def place(pipe: Any) -> Any:
+    """The pipeline on this rank's GPU, convolutions channels-last; on the CPU where there is none.
+
+    Raises:
+        UserError: there are fewer GPUs on this host than ranks.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return pipe
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(
+            f"local rank {local} needs GPU {local}, but this host has {count}; start fewer ranks, "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    torch.cuda.set_device(local)
+    pipe.to(torch.device("cuda", local))
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    return pipe
 
 
 def take_precautions(session: Session, pipe: Any, request: RunRequest) -> None:
@@ -222,8 +251,41 @@ def use_threads(num_ranks: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
 
 
+TEXT_ARGUMENTS = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+
+
+def encode_text(session: Session, pipe: Any, request: RunRequest) -> dict[str, Any]:
+    """The text as the pipeline takes it: encoded by rank 0, once, for pipelines of SDXL's kind; else the words."""
+    import torch
+
+    if getattr(pipe, "text_encoder_2", None) is None:
+        return {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
+    encoded = None
+    if 0 in session.backend.local_ranks:
+        with torch.inference_mode():
+            encoded = list(
+                pipe.encode_prompt(
+                    prompt=request.prompt,
+                    negative_prompt=request.negative_prompt or None,
+                    device=pipe.unet.device,
+                    num_images_per_prompt=1,  # the pipeline repeats them itself
+                    do_classifier_free_guidance=request.plan.image.guidance,
+                )
+            )
+    return dict(zip(TEXT_ARGUMENTS, session.backend.broadcast(encoded), strict=True))
+
+
 def call_pipeline(
-    pipe: Any, request: RunRequest, progress: Progress | None = None, decodes: bool = True
+    pipe: Any,
+    request: RunRequest,
+    text: dict[str, Any],
+    progress: Progress | None = None,
+    decodes: bool = True,
 ) -> Drawing:
     """The pipeline's own `__call__`, from seeded noise on the CPU; the latent is kept before it is decoded."""
     import torch
@@ -243,8 +305,7 @@ def call_pipeline(
     start = time.perf_counter()
     with torch.inference_mode():
         result = pipe(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt or None,
+            **text,
             height=image.height,
             width=image.width,
             num_inference_steps=steps,

@@ -16,7 +16,19 @@ import click
 from distri import __version__
 from distri.errors import RunError, UserError
 
-COMMANDS = ("plan", "run", "compare", "evaluate", "graph", "hardware", "profile", "simulate", "validate", "calibrate")
+COMMANDS = (
+    "plan",
+    "run",
+    "compare",
+    "evaluate",
+    "bench",
+    "graph",
+    "hardware",
+    "profile",
+    "simulate",
+    "validate",
+    "calibrate",
+)
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 

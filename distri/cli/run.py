@@ -14,6 +14,7 @@ import click
 from distri.cli.options import json_option, request_from, run_options
 from distri.cli.output import print_json
 from distri.cli.render import progress_bar, show_result
+from distri.cli.run_choice import choose, report, with_prediction
 from distri.cli.simulated_run import run_simulated
 from distri.errors import RunError
 
@@ -64,6 +65,15 @@ ELASTIC_ATTEMPTS = 4
     metavar="N",
     help="Look for NaN and infinity in what is exchanged, every N steps. 0: never, the default.",
 )
+@click.option(
+    "--compile", "compiles", is_flag=True, help="Compile what lies between exchanges (torch.compile)."
+)
+@click.option(
+    "--compile-backend",
+    metavar="NAME",
+    help="The compiler: inductor, the default, or one that is installed, such as tensorrt or tvm.",
+)
+@click.option("--learn", is_flag=True, help="Remember how long it took, for the next prediction on this machine.")
 @json_option
 @click.pass_context
 def command(
@@ -76,11 +86,15 @@ def command(
     resume: Path | None,
     elastic: bool,
     check_finite: int,
+    learn: bool,
+    compiles: bool,
+    compile_backend: str | None,
     **flags: Any,
 ) -> None:
     """Draw a picture on several ranks, as a plan says.
 
-    Starts the ranks itself, or takes its place among those that torchrun started.
+    Starts the ranks itself, or takes its place among those that torchrun started. Without a plan, and without flags
+    that describe one, the best plan for this machine is searched for first.
 
     \b
     Examples:
@@ -95,14 +109,22 @@ def command(
     executor.check_output(output)
     if elastic and flags["plan_path"] is None:
         flags["gpus"] = int(os.environ.get("WORLD_SIZE", flags["gpus"]))
+    choice = None if elastic or resume is not None else choose(ctx, flags)
+    if choice is not None and not as_json:
+        click.echo(choice.sentence, err=True)
     request = dataclasses.replace(
-        request_from(flags, output, ctx),
+        request_from(flags, output, ctx, choice.plan if choice is not None else None),
         checkpoint_every=(ELASTIC_EVERY if elastic else 0) if checkpoint_every is None else checkpoint_every,
         checkpoint=resume_directory(resume) or checkpoint or output.with_name(f"{output.name}.checkpoint"),
         resume=resume,
         may_resume=elastic,
         check_finite=check_finite,
+        compiler=(compile_backend or "inductor") if compiles or compile_backend else None,
     )
+    if request.compiler is not None:
+        from distri.models.compiling import check_compiler
+
+        check_compiler(request.compiler)
     if request.backend == "sim":
         run_simulated(request, flags["hardware"], as_json)
         return
@@ -111,15 +133,14 @@ def command(
     if not executor.is_writer():
         return
     if as_json:
-        print_json(
-            {
-                "image": str(result.image),
-                "seconds": result.seconds,
-                "seconds_per_step": result.seconds_per_step,
-                "ranks": result.ranks,
-                "backend": result.backend,
-            }
-        )
+        outcome = {
+            "image": str(result.image),
+            "seconds": result.seconds,
+            "seconds_per_step": result.seconds_per_step,
+            "ranks": result.ranks,
+            "backend": result.backend,
+        }
+        print_json(with_prediction(choice, outcome))
         return
     show_result(
         f"Drawn by {result.ranks} ranks",
@@ -128,6 +149,7 @@ def command(
             ("backend", result.backend),
             ("time, loading aside", f"{result.seconds:.2f} s"),
             ("time of a step", f"{result.seconds_per_step:.3f} s"),
+            *(report(choice, result.seconds_per_step, learn) if choice is not None else []),
         ],
     )
 

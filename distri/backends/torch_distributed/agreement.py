@@ -41,7 +41,7 @@ def _identity(store: Store, rank: int) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(store.get(f"identity/{rank}"))
     except RuntimeError as error:
-        limit_s = store.timeout.total_seconds()
+        limit_s = store.timeout.total_seconds()  # type: ignore[attr-defined]
         raise RunError(f"rank {rank} did not come to the rendezvous within {limit_s:g} s") from error
     return found
 

@@ -1,0 +1,1 @@
+"""What a plan costs on this machine, measured: modes beside the single device, in one run, in turn."""
