@@ -49,6 +49,7 @@ DRIVERS = (
     "executor",
     "launch",
     "pipeline",
+    "probe",
     "profiler",
     "quality",
     "session",

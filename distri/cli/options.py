@@ -326,8 +326,10 @@ def plan_from_file(path: Path, flags: Mapping[str, Any], ctx: click.Context) -> 
     return plan
 
 
-def request_from(flags: Mapping[str, Any], output: Path, ctx: click.Context) -> RunRequest:
-    """What `distri run` and `distri compare` hand to the executor.
+def request_from(
+    flags: Mapping[str, Any], output: Path, ctx: click.Context, plan: Plan | None = None
+) -> RunRequest:
+    """What `distri run` and `distri compare` hand to the executor; `plan` if it was searched for.
 
     Raises:
         UserError: there is no such plan or model.
@@ -336,7 +338,8 @@ def request_from(flags: Mapping[str, Any], output: Path, ctx: click.Context) -> 
     from distri.models.presets import defaults
 
     path = flags["plan_path"]
-    plan = plan_from_flags(flags) if path is None else plan_from_file(path, flags, ctx)
+    if plan is None:
+        plan = plan_from_flags(flags) if path is None else plan_from_file(path, flags, ctx)
     scale = flags["guidance_scale"]
     if scale is None:
         scale = defaults(plan.model.name).guidance_scale if plan.image.guidance else 1.0

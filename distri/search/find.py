@@ -162,6 +162,8 @@ class Search:
         rows, cols = units_of(request.image, self.graph)
         for cfg in (1, 2) if request.image.guidance else (1,):
             for patches in range(1, len(self.ranks) // cfg + 1):
+                if request.is_exact and cfg * patches != len(self.ranks):
+                    continue
                 for order in fleet.orders(self.cluster, self.ranks, cfg * patches, cfg, self.speed):
                     for axis, grid in grids(patches, rows, cols, request.limits.axes):
                         even = Layout(cfg, patches, axis, grid, None, order)

@@ -66,7 +66,8 @@ class Limits:
 class SearchRequest:
     """One question to the planner.
 
-    num_devices: how many may be used. down: ranks of the cluster that may not. speeds: (rank, share of its speed).
+    num_devices: how many may be used, or must be if is_exact. down: ranks of the cluster that may not. speeds: (rank,
+    share of its speed).
     num_images: pictures wanted; with more than one, replicas work side by side. price_per_hour: of one device.
     """
 
@@ -81,6 +82,7 @@ class SearchRequest:
     price_per_hour: float | None = None
     down: tuple[int, ...] = ()
     speeds: tuple[tuple[int, float], ...] = ()
+    is_exact: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

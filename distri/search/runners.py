@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distri.core.codec import Codec
+from distri.core.partition import SplitAxis
 from distri.core.policy import Policy
 from distri.search.breakdown import Breakdown, break_down
 from distri.search.find import Search, SearchResult
@@ -66,7 +67,7 @@ class Runners:
 
     def one_device(self) -> Runner:
         """The unsplit picture on one device."""
-        layout = next(layout for layout in self._layouts if layout.num_ranks == 1)
+        layout = Layout(1, 1, SplitAxis.ROWS, (1, 1), None, self.search.ranks[:1])
         return self.look_at(layout, self.plain)
 
     def best_on(self, count: int) -> Runner | None:

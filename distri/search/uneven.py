@@ -3,8 +3,8 @@
 Each place i has a cost c_i(u), its time for u units of rows, that does not fall as u grows. For a time T, place i can
 take u_i(T) = the most units with c_i(u) <= T; T is feasible exactly if every place can take one unit and together they
 can take all. Feasibility is monotone in T, so bisection finds the least feasible T, to the nanosecond: T - 1 is shown
-to be infeasible, which is the certificate that no split is faster. (The argument is that of parametric search for min-max
-allocation with monotone costs; Megiddo 1979, Ibaraki and Katoh 1988, chapter 5.)
+to be infeasible, which is the certificate that no split is faster. (The argument is that of parametric search for
+min-max allocation with monotone costs; Megiddo 1979, Ibaraki and Katoh 1988, chapter 5.)
 
 NCCL's all-gather takes equal parts, so uneven ones are padded to the largest; `gather_costs` holds that against
 messages of the true sizes.
