@@ -132,6 +132,7 @@ def command(
         result = run_elastic(request, progress) if elastic else executor.run(request, progress)
     if not executor.is_writer():
         return
+    compared = report(choice, result.seconds_per_step, learn) if choice is not None else []
     if as_json:
         outcome = {
             "image": str(result.image),
@@ -149,7 +150,7 @@ def command(
             ("backend", result.backend),
             ("time, loading aside", f"{result.seconds:.2f} s"),
             ("time of a step", f"{result.seconds_per_step:.3f} s"),
-            *(report(choice, result.seconds_per_step, learn) if choice is not None else []),
+            *compared,
         ],
     )
 
