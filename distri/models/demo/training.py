@@ -4,7 +4,6 @@ Invariant: a stage's state on disk is always whole. It is written beside the old
 killed run loses at most `SAVE_EVERY_S` seconds.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -26,11 +25,11 @@ def save_atomically(state: object, path: Path) -> None:
     os.replace(partial, path)
 
 
-def cosine_rate(progress: float, peak: float, warm_up: float = 0.02) -> float:
-    """Learning rate at `progress` (0..1): a linear warm-up, then a cosine to a fiftieth of `peak`."""
+def scheduled_rate(progress: float, peak: float, warm_up: float = 0.02, cool_down: float = 0.3) -> float:
+    """Learning rate at `progress` (0..1): up to `peak` in a line, flat, and down in a line over the last part."""
     if progress < warm_up:
         return peak * (progress + 1e-3) / warm_up
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return peak * max(0.02, min(1.0, (1 - progress) / cool_down))
 
 
 class Stage:
@@ -81,7 +80,7 @@ class Stage:
         start = time.monotonic()
         while self.spent_s < self.seconds:
             for group in self.optimiser.param_groups:
-                group["lr"] = cosine_rate(self.progress, self.rate)
+                group["lr"] = scheduled_rate(self.progress, self.rate)
             loss = step(self.progress)
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -35,7 +35,8 @@ SIZES = ((128, 128), (256, 256), (384, 384), (512, 512), (256, 512), (512, 256))
 _TIME_SHARES = (
     (0.25, (0.80, 0.20, 0.00, 0.00, 0.00, 0.00)),
     (0.40, (0.25, 0.52, 0.05, 0.10, 0.04, 0.04)),
-    (1.01, (0.06, 0.64, 0.04, 0.20, 0.03, 0.03)),
+    (0.80, (0.06, 0.64, 0.04, 0.20, 0.03, 0.03)),
+    (1.01, (0.02, 0.38, 0.06, 0.44, 0.05, 0.05)),
 )
 _PIXELS_PER_BATCH = 10 * 256 * 256
 _LARGEST_BATCH = 28
@@ -140,7 +141,7 @@ def train_unet(folder: Path, seconds: float, peer: int = 0) -> None:
         AttnProcessor()
     )  # plain products: half the time of the fused kernel for heads this small
     mean.load_state_dict(unet.state_dict())
-    stage = Stage(folder / "unet_state.pt", {"unet": unet, "mean": mean}, rate=1.5e-3, seconds=seconds)
+    stage = Stage(folder / "unet_state.pt", {"unet": unet, "mean": mean}, rate=8e-4, seconds=seconds)
     seed = 1000 + stage.num_steps
     same_rng = np.random.default_rng(seed)
     rng = np.random.default_rng([seed, peer])
