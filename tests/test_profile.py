@@ -18,11 +18,12 @@ from distri.profiler.hardware_file import Provenance, hardware_text
 from distri.profiler.links import LinkProbe, LinkReading
 from distri.profiler.measure import ProfileRequest, measure
 from distri.profiler.subjects import distinct_operations, distinct_steps, layers_of, operations_of, shard_of
+from distri.simulator.collective import CollectiveModel
 from distri.simulator.compute import AnalyticCompute, LaunchMode
 from distri.simulator.costs import CostTable
-from distri.simulator.hardware import Cluster, Tag
-from distri.simulator.kernels import Layers, Service
-from distri.simulator.measured import MeasuredOperations, key_of
+from distri.simulator.hardware import Cluster, Collective, Tag
+from distri.simulator.kernels import KernelList, Layers, Service
+from distri.simulator.measured import MeasuredOperation, MeasuredOperations, key_of
 from distri.simulator.simulate import simulate
 from tests.cli.conftest import Distri
 from tests.cli.conftest import distri as distri_fixture
@@ -117,14 +118,30 @@ def test_measured_layers_are_exact_and_said_to_be(
             assert times.device_ns[subject.operation.index] == round(known[subject.key] * 1e9)
 
 
-def test_times_between_points_grow_with_the_shard(
+def test_times_between_points_lie_between_theirs(
     profile: Profile, graph: LayerGraph, cluster: Cluster
 ) -> None:
-    compute = compute_of(profile)
-    times = [simulate(plan_for(graph, 1, side), graph, cluster, compute=compute) for side in (128, 192, 256)]
-    latencies = [time.latency_s for time in times]
+    """Points that say twice what the analytic model says: so does everything near them."""
+    model = AnalyticCompute(cluster.model_of(0))
+    kernels = KernelList(graph, "float32")
+    points = {}
+    for side in (128, 256):
+        plan = plan_for(graph, 1, side)
+        for key, subject in distinct_operations([plan], graph).items():
+            found = kernels.of(subject.operation, shard_of(plan, 0), Layers.NATIVE, Service.NONE)
+            points[key] = MeasuredOperation(
+                key, 2 * math.fsum(model.cost(kernel).device_s for kernel in found)
+            )
+    doubled = dataclasses.replace(profile, operations=tuple(points.values()), steps=())
+    compute = compute_of(doubled)
+    results = [
+        simulate(plan_for(graph, 1, side), graph, cluster, compute=compute) for side in (128, 192, 256)
+    ]
+    latencies = [result.latency_s for result in results]
     assert latencies == sorted(latencies)
-    assert times[1].tags["compute: linear"] is Tag.INTERPOLATED
+    assert results[1].tags["compute: linear"] is Tag.INTERPOLATED
+    alone = simulate(plan_for(graph, 1, 192), graph, cluster).latency_s
+    assert latencies[1] == pytest.approx(2 * alone, rel=0.15)
 
 
 def test_far_from_all_points_the_analytic_model_answers(
@@ -207,6 +224,9 @@ def test_a_probed_machine_is_a_hardware_file_that_holds() -> None:
     assert cluster.links[0].latency_s.tag is Tag.MEASURED
     assert "distri profile --links, on a processor" in cluster.links[0].latency_s.source
     assert cluster.collectives.compute_slowdown.value == 0.02
+    cost = CollectiveModel(cluster).cost(Collective.POINT_TO_POINT, 1000, (0, 1))
+    assert cost.tag is Tag.MEASURED
+    assert "distri profile --links" in cost.source
 
 
 def test_a_nonsensical_reading_makes_no_hardware_file() -> None:
@@ -238,7 +258,8 @@ def test_the_command_measures_and_the_simulator_reads_it(distri: Distri) -> None
         "simulate", "--model", "demo", *size, "--gpus", 2, "--cfg-split", "off", "--hardware", "cpu-gloo",
         "--profile", "p.json", "--json",
     )  # fmt: skip
-    assert simulated.value["tags"]["compute: linear"] == "measured"
+    tags = {tag for name, tag in simulated.value["tags"].items() if name.startswith("compute")}
+    assert tags == {"measured"}
 
 
 def test_links_need_two_ranks(distri: Distri) -> None:

@@ -65,7 +65,9 @@ class GatherAllTransport:
 
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Put a value beside the others of its bucket; the last one starts the all-gather."""
-        nothing = torch.empty(0, dtype=getattr(torch, exchange.dtype), device=self._device)  # a patch may send none
+        nothing = torch.empty(
+            0, dtype=getattr(torch, exchange.dtype), device=self._device
+        )  # a patch may send none
         flat = torch.cat([part.reshape(-1) for part in parts] or [nothing])
         if bucket is None:
             self._start(version, {exchange.layer: flat})

@@ -73,7 +73,9 @@ ELASTIC_ATTEMPTS = 4
     metavar="NAME",
     help="The compiler: inductor, the default, or one that is installed, such as tensorrt or tvm.",
 )
-@click.option("--learn", is_flag=True, help="Remember how long it took, for the next prediction on this machine.")
+@click.option(
+    "--learn", is_flag=True, help="Remember how long it took, for the next prediction on this machine."
+)
 @json_option
 @click.pass_context
 def command(

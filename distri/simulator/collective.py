@@ -134,7 +134,7 @@ class CollectiveModel:
             bandwidth, source = min(row.bandwidth_bytes_per_s, wire_limit), self._table.fits_source
         else:
             fixed_s, bandwidth = self._prior(collective, wire_bytes, ranks, wire_limit)
-            tag, source = Tag.DATA_SHEET, PRIOR_SOURCE
+            tag, source = self._prior_provenance(ranks)
         fixed_s += extra_s
         return CollectiveCost(
             collective, ranks, num_bytes, fixed_s, wire_bytes, bandwidth, loads, num_rings, tag, source
@@ -181,6 +181,16 @@ class CollectiveModel:
             choices.append((base_us * 1e-6 + wire_bytes / bandwidth, base_us * 1e-6, bandwidth))
         _, fixed_s, bandwidth = min(choices)
         return fixed_s, bandwidth
+
+    def _prior_provenance(self, ranks: tuple[int, ...]) -> tuple[Tag, str]:
+        """NCCL's constants; between processors, the weakest of the figures that a message is made of."""
+        if self.cluster.model_of(ranks[0]).kind is not DeviceKind.CPU:
+            return Tag.DATA_SHEET, PRIOR_SOURCE
+        figures = [self._table.per_message_s]
+        for link in self.cluster.links:
+            figures += [link.bandwidth_bytes_per_s, link.latency_s]
+        weakest = max(figures, key=lambda figure: list(Tag).index(figure.tag))
+        return weakest.tag, weakest.source
 
     def _asymptote(self, collective: Collective) -> float:
         """The best bus bandwidth of the largest fitted group: a ring over hosts is no faster inside them."""

@@ -81,6 +81,7 @@ class CostTable:
         model = self.models[device]
         device_ns, host_ns = [], []
         order = list(Tag)
+        is_replaced = layers is not Layers.NATIVE and service is Service.NONE
         for operation in operations:
             on_device = on_host = 0.0
             kernels = self.kernels.of(operation, shard, layers, service)
@@ -92,6 +93,8 @@ class CostTable:
             for kind, cost in costs:
                 on_device += cost.device_s
                 on_host += cost.launch_s
+                if is_replaced and operation.exchange is not None:
+                    continue  # this only fills a place that another service's time takes
                 known = self.tags.get(kind)
                 if known is None or order.index(cost.tag) > order.index(known[0]):
                     self.tags[kind] = (cost.tag, cost.source)

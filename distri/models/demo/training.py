@@ -110,7 +110,7 @@ class Stage:
         flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([elapsed_s])])
         dist.all_reduce(flat)
         flat /= self.peers
-        parts = flat[:-1].split([p.numel() for p in self.parameters])
+        parts = torch.split(flat[:-1], [p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
         return float(flat[-1])

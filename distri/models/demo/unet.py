@@ -114,7 +114,8 @@ def denoising_loss(
     with torch.autocast("cpu", torch.bfloat16):
         guess_B4hw = unet(noisy_B4hw, steps_B, words[0], added_cond_kwargs=added).sample
     error_B4hw = (guess_B4hw.float() - target_B4hw).square()
-    return (error_B4hw * outline_weight(z_B4hw)).mean()
+    loss: Tensor = (error_B4hw * outline_weight(z_B4hw)).mean()
+    return loss
 
 
 def _pick_size(progress: float, rng: np.random.Generator) -> int:
@@ -175,7 +176,7 @@ def _join_and_train(peer: int, peers: int, folder: Path, seconds: float) -> None
     if hasattr(os, "sched_setaffinity"):  # else two peers may share one core and leave the other idle
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[peer % len(cores)]})
-    meeting = dist.FileStore(str(folder / "peers.store"), peers)
+    meeting = dist.FileStore(str(folder / "peers.store"), peers)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=meeting, rank=peer, world_size=peers)
     train_unet(folder, seconds, peer)
     dist.destroy_process_group()
@@ -184,4 +185,4 @@ def _join_and_train(peer: int, peers: int, folder: Path, seconds: float) -> None
 def train_unet_by_peers(folder: Path, seconds: float, peers: int) -> None:
     """Train in `peers` processes of one thread each: on a shared machine they wait for each other once a step only."""
     (folder / "peers.store").unlink(missing_ok=True)
-    multiprocessing.spawn(_join_and_train, args=(peers, folder, seconds), nprocs=peers)  # type: ignore[no-untyped-call]
+    multiprocessing.spawn(_join_and_train, args=(peers, folder, seconds), nprocs=peers)  # type: ignore[attr-defined,no-untyped-call]
