@@ -3,7 +3,7 @@
 A resumed run calls the pipeline from the beginning. At a step that was completed, the denoiser's recorded output is
 returned and no layer runs; so the scheduler, the noise and the callbacks take exactly the course they took, whatever
 state they keep, and the first step that really runs starts from the same bits. On the same ranks it also reads the
-same versions of the others' activations; otherwise it is a fresh step (see docs/decisions/0008-resume-by-replay.md).
+same versions of the others' activations; otherwise it is a fresh step (see docs/decisions/0006-resume-by-replay.md).
 
     step-00012.outputs.safetensors            outputs of the steps since the checkpoint before, up to 12 (exclusive)
     step-00012.rank-1-of-2.safetensors        what rank 1 held after 12 steps

@@ -19,7 +19,7 @@ DRIVER = CORE | {"distri.backends.base", "distri.config", "distri.models", "dist
 MAY_IMPORT = {
     "distri.core": {"distri.errors", "networkx", "numpy"},
     "distri.config": CORE | {"distri.simulator", "pydantic", "yaml"},
-    "distri.search": CORE | {"distri.config", "distri.simulator", "numpy"},  # docs/decisions/0020
+    "distri.search": CORE | {"distri.config", "distri.simulator", "numpy"},  # docs/decisions/0010
     "distri.simulator": CORE | {"networkx", "numpy", "scipy", "simpy"},
     "distri.nn": CORE | {"torch"},
     "distri.models": CORE
