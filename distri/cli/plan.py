@@ -17,7 +17,7 @@ from distri.cli.output import check_text_output, print_json, write_text
 from distri.cli.render import late_progress_bar, show_plan
 from distri.cli.search_options import is_explicit, question_from, search_options
 from distri.config.plan import dump_plan
-from distri.errors import PlanError
+from distri.errors import OutputError, PlanError
 
 if TYPE_CHECKING:
     from distri.core.plan import Plan
@@ -69,6 +69,8 @@ def command(
     """
     for path in (output, html, picture):
         check_text_output(path)
+    if picture is not None and picture.suffix not in (".svg", ".png"):
+        raise OutputError(f"{picture}: a picture is written as .svg or .png")
     if diff is not None:
         from distri.cli.plan_diff import show_difference
 

@@ -123,15 +123,13 @@ def write_picture(path: Path, search: Mapping[str, Any]) -> None:
     """The curve of latency against device-seconds.
 
     Raises:
-        OutputError: the name ends neither in .svg nor in .png, or it cannot be written.
+        OutputError: it cannot be written.
     """
     title = f"Best plans by number of devices, {search['hardware']}"
     if path.suffix == ".svg":
         write_text(path, svg(search["pareto"], title))
-    elif path.suffix == ".png":
-        _write_png(path, search["pareto"], title)
     else:
-        raise OutputError(f"{path}: a picture is written as .svg or .png")
+        _write_png(path, search["pareto"], title)
 
 
 def _write_png(path: Path, points: Sequence[Mapping[str, Any]], title: str) -> None:
