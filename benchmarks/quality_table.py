@@ -1,0 +1,94 @@
+"""The table of what plans do to the picture, as the planner reads it: from `distri evaluate --json`.
+
+    python benchmarks/quality_table.py                     (draws; an hour on two cores)
+    python benchmarks/quality_table.py --from a.json b.json   (reads what `distri evaluate --json` printed)
+
+Writes distri/search/data/quality.json: one row for each policy table, number of patches and length of the warm-up, with
+the mean PSNR against the single device's picture from the same noise. `distri plan --min-psnr` reads nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+TARGET = ROOT / "distri" / "search" / "data" / "quality.json"
+SCHEMA = 1
+ABOUT = (
+    "PSNR of a plan's picture against the single device's, same noise, demo model. One row for each policy table, "
+    "number of patches, warm-up steps and steps; written by benchmarks/quality_table.py."
+)
+TABLES = (
+    "corrected,stale,sync_gn,separate_gn,local,extrapolated,partial,"
+    "int8,fp8,residual_int8,residual_int4,residual_int2"
+)
+WARMUPS = (5, 8, 15)
+
+
+def evaluated(warmup: int, prompts: int, ranks: str) -> dict[str, Any]:
+    """One run of `distri evaluate`."""
+    command = [
+        sys.executable, "-m", "distri", "evaluate", "--json", "--modes", TABLES, "--ranks", ranks, "--steps", "50",
+        "--warmup-steps", str(warmup), "--num-prompts", str(prompts),
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def rows_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The planner's rows of one evaluation; columns and other samplers than the first are left out."""
+    request = evaluation["request"]
+    sampler = request["samplers"][0]
+    pictures = len(request["prompts"]) * len(request["seeds"])
+    return [
+        {
+            "policy": row["mode"],
+            "patches": row["ranks"],
+            "warmup_steps": request["warmup_steps"],
+            "num_inference_steps": row["steps"],
+            "psnr_db": round(row["psnr_db"], 2),
+            "num_pictures": pictures,
+        }
+        for row in evaluation["rows"]
+        if row["sampler"] == sampler and "@" not in row["mode"] and row["psnr_db"] is not None
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--from", dest="sources", type=Path, nargs="+", help="what `distri evaluate --json` printed"
+    )
+    parser.add_argument("--num-prompts", type=int, default=10)
+    parser.add_argument("--ranks", default="2,4,8")
+    parser.add_argument("--warmups", type=int, nargs="+", default=list(WARMUPS))
+    options = parser.parse_args()
+    if options.sources:
+        evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in options.sources]
+    else:
+        evaluations = [evaluated(warmup, options.num_prompts, options.ranks) for warmup in options.warmups]
+    rows = [row for evaluation in evaluations for row in rows_of(evaluation)]
+    rows.sort(key=lambda row: (row["policy"], row["warmup_steps"], row["patches"]))
+    command = f"python benchmarks/quality_table.py --num-prompts {options.num_prompts}"
+    body = {
+        "schema": SCHEMA,
+        "about": ABOUT,
+        "provenance": {"command": command, "date": date.today().isoformat(), "model": "demo"},
+    }
+    head = json.dumps(body, indent=1)[:-2]
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    TARGET.write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+    print(f"{len(rows)} rows; {TARGET.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
