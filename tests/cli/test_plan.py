@@ -137,7 +137,9 @@ def test_nothing_is_written_when_the_plan_is_refused(distri: Distri, tmp_path: P
     assert (tmp_path / "plan.json").read_text() == "before"
 
 
-def test_planning_imports_neither_torch_nor_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_imports_neither_torch_nor_diffusers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     subprocess.run([sys.executable, "-m", "distri", "plan", "--gpus", "8"], check=True, capture_output=True)
     code = (
