@@ -4,8 +4,8 @@
 
 SDXL on eight A100s, at three sizes. The published implementation offers 2, 4 or 8 devices, guidance split or not,
 patches in six modes of synchronisation, patches without interaction, and tensor parallelism; its layers and messages
-are simulated as it has them (`gather_all`). Modes differ in what they do to the picture, so each is held against the plan
-that the planner chooses under the same risk: `corrected`, `stale`, or `local`, which permits anything. The result goes
+are simulated as it has them (`gather_all`). Modes differ in what they do to the picture, so each is held against the
+plan that the planner chooses under the same risk: `corrected`, `stale`, or `local`, which permits anything. The result goes
 to benchmarks/results/planner_vs_reference.json and, between two marks, into docs/planner.md.
 """
 
