@@ -99,7 +99,8 @@ def _close_sockets() -> None:
     for descriptor in list(Path("/proc/self/fd").iterdir()):
         with contextlib.suppress(OSError):  # not a socket, or not a connected one
             connection = socket.socket(fileno=os.dup(int(descriptor.name)))
-            if connection.family in (socket.AF_INET, socket.AF_INET6):
+            listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and not listens:
                 connection.shutdown(socket.SHUT_RDWR)
             connection.detach()
 
