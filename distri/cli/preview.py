@@ -92,9 +92,17 @@ def memory_bar(used: float, limit: float) -> str:
 
 def _devices(plan: Mapping[str, Any], search: Mapping[str, Any]) -> Table:
     made = table(
-        "Ranks", "rank", "device", "patch", "rows", "columns", "MACs of the run", "memory of its limit"
+        "Ranks, and what each has in the whole run",
+        "rank",
+        "device",
+        "patch",
+        "rows",
+        "columns",
+        "MACs",
+        "memory",
     )
     made.columns[2].justify = made.columns[6].justify = "left"
+    made.columns[6].no_wrap = True
     patches = plan["mesh"]["patch"]
     shown = list(range(len(search["devices"])))
     is_alike = len(set(search["device_models"])) == 1
@@ -112,7 +120,7 @@ def _devices(plan: Mapping[str, Any], search: Mapping[str, Any]) -> Table:
             "-".join(str(edge) for edge in band["cols"]),
             scaled(plan["macs_per_device"][rank]),
             f"{memory_bar(memory['total'], memory['limit'])} "
-            f"{memory['total'] / 1e9:.1f} of {memory['limit'] / 1e9:.1f} GB",
+            f"{memory['total'] / 1e9:.1f}/{memory['limit'] / 1e9:.1f} GB",
         )
     if len(shown) > MOST_ROWS:
         made.add_row("...", f"and {len(shown) - MOST_ROWS} more", *[""] * 5)

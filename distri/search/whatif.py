@@ -103,7 +103,10 @@ _FAST = (LinkKind.NVLINK,)
 
 def _name(runner: Runner) -> str:
     count = runner.layout.num_ranks
-    return "1 device" if count == 1 else f"{count} devices ({runner.layout}, {runner.policy})"
+    if count == 1:
+        return "1 device"
+    policy = f", {runner.policy}" if runner.layout.patches > 1 else ""
+    return f"{count} devices ({runner.layout}{policy})"
 
 
 def with_links(tasks: TaskList, share: float) -> TaskList:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from distri.core.ops.conv2d import ConvGeometry
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest
 from distri.models.presets import load_graph
-from distri.search.find import Finalist, Search
+from distri.search.find import Search
 from distri.search.request import ALL, Limits, Objective, Risk, SearchRequest
 from distri.search.space import Layout, Serving
 from distri.simulator.hardware import Cluster, Figure
@@ -137,12 +138,13 @@ def brute_force(search: Search) -> dict[tuple[Layout, Serving], float]:
 
 
 def search_for(
-    side: int = 1024, num_devices: int = 8, hardware: str = "a100-sxm", model: str = "sdxl", steps: int = 50,
-    **more: object,
-) -> Search:  # fmt: skip
-    request = SearchRequest(ImageRequest(side, side, steps), num_devices, "float16", **more)  # type: ignore[arg-type]
-    return Search(graph_of(model), cluster_of(hardware), request)
-
-
-def units_of(finalist: Finalist) -> tuple[int, ...] | None:
-    return finalist.layout.units
+    side: int = 1024,
+    num_devices: int = 8,
+    hardware: str = "a100-sxm",
+    model: str = "sdxl",
+    steps: int = 50,
+    guidance: bool = True,
+    **more: Any,
+) -> Search:
+    image = ImageRequest(side, side, steps, guidance)
+    return Search(graph_of(model), cluster_of(hardware), SearchRequest(image, num_devices, "float16", **more))
