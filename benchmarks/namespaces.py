@@ -10,6 +10,7 @@ Each direction of each link is shaped by a token bucket (`tc tbf`) where the byt
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ def check_available() -> None:
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             raise Unavailable(f"the command {tool!r} is not installed (package iproute2)")
+    _remove_abandoned()
     try:
         with Network(1, 10_000_000):
             pass
@@ -125,3 +127,11 @@ def _ip(*arguments: str) -> None:
 
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _remove_abandoned() -> None:
+    """Namespaces of a process that was killed."""
+    listed = subprocess.run(["ip", "netns", "list"], check=False, capture_output=True, text=True).stdout
+    for name in re.findall(r"^(distri-\d+-\w+)", listed, re.MULTILINE):
+        if not os.path.exists(f"/proc/{name.split('-')[1]}"):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,34 +95,41 @@ def main() -> int:
         print(f"skipped: {reason}")
         return 0
     points = [point for point in POINTS if options.only in point.name]
-    result = compare(points, options.images)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go
     options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = compare(points, options.images, options.output)
     print(f"median error {result['median_error']:.1%}, worst {result['worst_error']:.1%}; {options.output}")
     return 0
 
 
-def compare(points: list[Point], images: int) -> dict[str, Any]:
-    """Profile, probe, predict, then measure."""
-    rows = []
+def compare(points: list[Point], images: int, output: Path) -> dict[str, Any]:
+    """Profile, probe, predict, then measure; what is known so far is written after each point."""
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        profiles = {ranks: profile_layers(ranks, Path(folder)) for ranks in sorted({p.ranks for p in points})}
         for rate, ranks in dict.fromkeys((p.rate, p.ranks) for p in points):
+            profile = profile_layers(ranks, Path(folder))
             with Network(ranks, rate) as network:
                 cluster = probe(network, Path(folder))
                 for point in (p for p in points if (p.rate, p.ranks) == (rate, ranks)):
                     plan = plan_of(point)
-                    predicted = predict(plan, cluster, profiles[ranks])
-                    readings = measure(network, plan, images)
-                    rows.append(row_of(point, predicted, readings, cluster))
+                    predicted = predict(plan, cluster, profile)
+                    rows.append(row_of(point, predicted, measure(network, plan, images), cluster))
                     print(describe(rows[-1]), flush=True)
+                    result = summary(rows, profile, images)
+                    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def summary(rows: list[dict[str, Any]], profile: Profile, images: int) -> dict[str, Any]:
+    """What the result file says."""
     errors = [abs(row["error"]) for row in rows]
     return {
         "what": "seconds of all denoising steps: predicted from a profile and a link probe, and measured",
         "command": "make reality",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": next(iter(profiles.values())).device,
-        "torch": next(iter(profiles.values())).torch_version,
+        "device": profile.device,
+        "torch": profile.torch_version,
         "model": "demo",
         "image": f"{SIDE}x{SIDE}, {STEPS} steps, {WARMUP} of them warm-up, float32, 1 thread a rank",
         "images_measured": images,

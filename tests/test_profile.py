@@ -211,7 +211,7 @@ def test_a_profile_of_another_model_or_dtype_is_refused(
         measured_compute(path, half)
 
 
-READING = LinkReading(0, 1, 2e-4, 1e7, 0.05, 1e-4, False, 0.02, ((64, 2e-4), (1048576, 0.105)))
+READING = LinkReading(0, 1, 2e-4, 1e7, 0.05, 3e-4, False, 0.02, ((64, 2e-4), (1048576, 0.105)))
 PROVENANCE = Provenance("a processor", "2030-01-01", "distri profile --links")
 
 
@@ -221,6 +221,7 @@ def test_a_probed_machine_is_a_hardware_file_that_holds() -> None:
     assert [link.bandwidth_bytes_per_s.value for link in cluster.links] == [1e7, 1e7, 5e6]
     assert [link.duplex.value for link in cluster.links] == ["full", "full", "half"]
     assert cluster.links[0].latency_s.value == pytest.approx(1e-4)
+    assert cluster.collectives.per_message_s.value == pytest.approx(1e-4)
     assert cluster.links[0].latency_s.tag is Tag.MEASURED
     assert "distri profile --links, on a processor" in cluster.links[0].latency_s.source
     assert cluster.collectives.compute_slowdown.value == 0.02
@@ -232,7 +233,9 @@ def test_a_probed_machine_is_a_hardware_file_that_holds() -> None:
 def test_a_nonsensical_reading_makes_no_hardware_file() -> None:
     with pytest.raises(HardwareError):
         parse_cluster(
-            hardware_text(LinkProbe(2, "gloo", (dataclasses.replace(READING, alpha_s=9.0),)), PROVENANCE)
+            hardware_text(
+                LinkProbe(2, "gloo", (dataclasses.replace(READING, alpha_s=9.0, awaited_s=9.0),)), PROVENANCE
+            )
         )
 
 

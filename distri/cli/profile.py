@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from distri.config.profile import Profile
     from distri.profiler.links import LinkProbe
 
-STEPS = 12
+STEPS = 22
 """Denoising steps of a pass; the first two are not timed."""
 POLICIES = ("corrected", "local")
 """Between them, all ways to run a layer: by distri's own and by the unmodified model, whole or on a patch."""
@@ -233,7 +233,7 @@ def _show_links(probe: LinkProbe, output: Path | None) -> None:
         way = "both directions share it" if reading.is_half_duplex else "each direction"
         found = (
             f"{reading.alpha_s * 1e6:.0f} us + bytes at {scaled(reading.bytes_per_s, 'B/s')} ({way}); "
-            f"fit within {reading.mean_error:.0%}; {reading.lane_s * 1e6:.0f} us to hand over; "
+            f"fit within {reading.mean_error:.0%}; {reading.awaited_s * 1e6:.0f} us for an awaited exchange; "
             f"computing slows down by {reading.slowdown:.0%}"
         )
         rows.append((f"ranks {reading.first} and {reading.second}", found))

@@ -7,11 +7,20 @@ transformer block, most of what lies between two attentions; the whole denoiser 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import nn
 
 from distri.core.plan import Plan
 from distri.errors import ModelError
+
+NEEDS = {
+    "tvm": ("tvm", "apache-tvm"),
+    "tensorrt": ("torch_tensorrt", "torch-tensorrt"),
+    "torch_tensorrt": ("torch_tensorrt", "torch-tensorrt"),
+}
+"""Compilers that torch lists whether or not they are installed: the module that each needs, and its package."""
 
 
 def compile_regions(model: nn.Module, plan: Plan, backend: str = "inductor") -> int:
@@ -37,12 +46,10 @@ def check_compiler(backend: str) -> None:
     Raises:
         ModelError: it is not.
     """
-    known = sorted({*torch.compiler.list_backends(), "eager"})
+    missing = {name: package for name, (module, package) in NEEDS.items() if find_spec(module) is None}
+    known = sorted({*torch.compiler.list_backends(), "eager"} - missing.keys())
     if backend not in known:
-        hint = {"tensorrt": "torch-tensorrt", "torch_tensorrt": "torch-tensorrt", "tvm": "apache-tvm"}.get(
-            backend
-        )
-        advice = f"install {hint}, or choose one of" if hint else "known here:"
+        advice = f"install {missing[backend]}, or choose one of" if backend in missing else "known here:"
         raise ModelError(f"there is no compiler {backend!r} here; {advice} {', '.join(known)}")
 
 

@@ -85,17 +85,22 @@ def hardware_text(probe: LinkProbe, provenance: Provenance, name: str = "this-ma
         last=probe.num_ranks - 1,
         links="".join(_link(rank, reading) for rank, reading in enumerate(readings)),
         library=probe.library,
-        lane_s=min(statistics.median(reading.lane_s for reading in probe.readings), LONGEST_LANE_S),
+        lane_s=min(statistics.median(map(_handing_over_s, probe.readings)), LONGEST_LANE_S),
         slowdown=statistics.median(reading.slowdown for reading in probe.readings),
         num_ranks=probe.num_ranks,
     )
+
+
+def _handing_over_s(reading: LinkReading) -> float:
+    """What an awaited message costs beyond half a round trip (which may be the longer one: it wakes the peer)."""
+    return max(0.0, reading.awaited_s - reading.alpha_s)
 
 
 def _link(rank: int, reading: LinkReading) -> str:
     return _LINK.format(
         rank=rank,
         bytes_per_s=reading.bytes_per_s,
-        latency_s=reading.alpha_s / 2,
+        latency_s=min(reading.alpha_s, reading.awaited_s) / 2,
         duplex="half" if reading.is_half_duplex else "full",
     )
 

@@ -1,8 +1,8 @@
 """The link probe: what messages between ranks cost here, through the same lanes and wires that a run uses.
 
 Rank 0 meets every other rank in turn. Half a round trip of messages of growing size gives `alpha + S / beta`; both ways
-at once says whether the two directions share the link; a small message through a lane, awaited, says what handing over
-costs; and a computation timed with and without traffic beside it says by how much it slows down.
+at once says whether the two directions share the link; a small message through a lane, awaited by both, says what an
+exchange costs at least; and a computation timed with and without traffic beside it says by how much it slows down.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from distri.backends.torch_distributed.wire import Addressed, Wire
 
 SIZES = (64, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216)
 LONGEST_ROUND_S = 0.4
-SMALL_BYTES = 4096
+SMALL_BYTES, MIDDLE_BYTES = 4096, 65536
 ROUNDS = 7
+SMALL_ROUNDS = 40
 HALF_DUPLEX_FROM = 1.5
 TIMEOUT_S = 60.0
 BESIDE_S = 1.0
@@ -36,8 +37,8 @@ BESIDE_S = 1.0
 class LinkReading:
     """One pair of ranks: `alpha_s + size / bytes_per_s` a message, and how well that fits.
 
-    lane_s: what a message costs beyond that if it is handed to a lane and awaited. slowdown: of a computation beside
-    traffic, as a share of its time. points: (bytes, seconds).
+    awaited_s: a small message both ways at once, handed to a lane and awaited by both: what a run pays for each exchange
+    that it waits for. slowdown: of a computation beside traffic, as a share of its time. points: (bytes, seconds).
     """
 
     first: int
@@ -45,7 +46,7 @@ class LinkReading:
     alpha_s: float
     bytes_per_s: float
     mean_error: float
-    lane_s: float
+    awaited_s: float
     is_half_duplex: bool
     slowdown: float
     points: tuple[tuple[int, float], ...]
@@ -124,12 +125,12 @@ class _Pair:
         alpha_s, bytes_per_s, error = fit_line(points)
         largest = points[-1][0]
         both_s = self._both_ways(largest)
-        lane_s = max(0.0, self._through_lane(SIZES[0]) - points[0][1])
+        awaited_s = self._through_lane(SIZES[0])
         slowdown = self._slowdown(min(largest, 1048576))
         self._lane.close()
         is_half = both_s > HALF_DUPLEX_FROM * points[-1][1]
         return LinkReading(
-            0, self._other, alpha_s, bytes_per_s, error, lane_s, is_half, slowdown, tuple(points)
+            0, self._other, alpha_s, bytes_per_s, error, awaited_s, is_half, slowdown, tuple(points)
         )
 
     def _buffers(self, size: int) -> tuple[list[Addressed], list[Addressed]]:
@@ -145,7 +146,7 @@ class _Pair:
             for out, into in (there, back) if self._is_first else (back, there):
                 self._wire.exchange(out, into)
 
-        return self._median(there_and_back) / 2
+        return self._median(there_and_back, SMALL_ROUNDS if size <= MIDDLE_BYTES else ROUNDS) / 2
 
     def _both_ways(self, size: int) -> float:
         sends, receives = self._buffers(size)
@@ -160,7 +161,7 @@ class _Pair:
             if isinstance(ticket, StreamTicket):
                 torch.cuda.synchronize(self._device)
 
-        return self._median(awaited)
+        return self._median(awaited, SMALL_ROUNDS)
 
     def _slowdown(self, size: int) -> float:
         """By how much a computation slows down beside traffic in both directions; on a CPU only."""
@@ -177,9 +178,9 @@ class _Pair:
         tickets[-1].wait()
         return max(0.0, beside_s / alone_s - 1)
 
-    def _median(self, call: Callable[[], None]) -> float:
+    def _median(self, call: Callable[[], None], rounds: int = ROUNDS) -> float:
         readings = []
-        for number in range(ROUNDS + 1):
+        for number in range(rounds + 1):
             start = time.perf_counter()
             call()
             if self._device.type == "cuda":

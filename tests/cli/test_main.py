@@ -44,7 +44,7 @@ def test_a_run_that_could_not_go_on_is_one_line_and_status_one(
         raise RunError("rank 1, step 3: gone\nand more")
 
     monkeypatch.setattr(executor, "run", fail)
-    outcome = distri("run", "-o", "out.png")
+    outcome = distri("run", "--gpus", "2", "--cfg-split", "off", "-o", "out.png")
     assert outcome.complaint == "rank 1, step 3: gone and more"
     assert outcome.status == 1
 
@@ -54,7 +54,7 @@ def test_an_interrupted_run_says_so(distri: Distri, monkeypatch: pytest.MonkeyPa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(executor, "run", interrupt)
-    outcome = distri("run", "-o", "out.png")
+    outcome = distri("run", "--gpus", "2", "--cfg-split", "off", "-o", "out.png")
     assert outcome.err.strip() == "distri: error: interrupted"
     assert outcome.status == 130
 

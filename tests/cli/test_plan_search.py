@@ -74,7 +74,7 @@ def test_flags_that_describe_a_plan_are_obeyed(distri: Distri) -> None:
 
 
 def test_one_device_is_said_to_be_best(distri: Distri) -> None:
-    outcome = distri(*DEMO, "--height", 256, "--width", 256, "--guidance-scale", 1, "--gpus", 4)
+    outcome = distri(*DEMO, "--height", 128, "--width", 128, "--guidance-scale", 1, "--gpus", 4)
     assert "One device is predicted to be best: 4 were offered" in outcome.out
 
 

@@ -167,7 +167,7 @@ def test_a_plan_that_is_not_there_is_refused(distri: Distri, requests: list[RunR
         (("--gpus", 0), "at least 1 device is needed, not 0"),
         (("--gpus", 40), "do not split into 20 patches"),
         (("--model", "sd9"), "unknown model 'sd9'"),
-        (("--backend", "smoke"), "'smoke' is not one of 'torch', 'in_process'."),
+        (("--backend", "smoke"), "'smoke' is not one of 'torch', 'in_process', 'sim'."),
         (("--seed", -1), "Invalid value for '--seed'"),
         (("--timeout", 0), "Invalid value for '--timeout'"),
         (("-o", "none/out.png"), "there is no directory none"),

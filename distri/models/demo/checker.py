@@ -17,6 +17,7 @@ from distri.models.demo.components import connected_components
 from distri.models.demo.scenes import RGB, Colour, Object, Scene, Shape, signed_distance
 
 _FAR_FROM_GROUND = 0.17
+_SHADE_OF_GROUND = 0.25
 _SMALLEST_SHARE = 0.0012
 _SURE_OVERLAP = 0.72
 _NEAR = 0.11
@@ -116,7 +117,7 @@ def nearest_shape(mask_HW: NDArray[np.bool_]) -> Shape | None:
 
 
 def find_things(image_HWC: NDArray[np.floating]) -> list[Found]:
-    """Every thing in the picture, larger than a speck."""
+    """Every thing in the picture that is larger than a speck and more than a shade of the ground."""
     height, width, _ = image_HWC.shape
     distance_HW = np.linalg.norm(image_HWC - fit_ground(image_HWC), axis=2)
     labels_HW, count = connected_components(distance_HW > _FAR_FROM_GROUND)
@@ -124,6 +125,8 @@ def find_things(image_HWC: NDArray[np.floating]) -> list[Found]:
     for label in range(1, count + 1):
         mask_HW = labels_HW == label
         if mask_HW.sum() < _SMALLEST_SHARE * min(height, width) ** 2:
+            continue
+        if np.median(distance_HW[mask_HW]) < _SHADE_OF_GROUND:
             continue
         ys, xs = np.nonzero(mask_HW)
         reach = max(np.ptp(ys), np.ptp(xs)) / 2 / min(height, width)

@@ -77,6 +77,7 @@ def test_a_small_picture_obeys_its_words(pipeline: StableDiffusionXLPipeline) ->
     assert report.ground
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_other_schedulers_draw_too(pipeline: StableDiffusionXLPipeline, scheduler: type) -> None:
     shipped = pipeline.scheduler
