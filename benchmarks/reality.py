@@ -154,6 +154,7 @@ def row_of(
         "probed_latency_s": 2 * link.latency_s.value,
         "probed_handing_over_s": cluster.collectives.per_message_s.value,
         "probed_slowdown": cluster.collectives.compute_slowdown.value,
+        "load_average": round(os.getloadavg()[0], 1),
         "predicted_s": predicted.latency_s,
         "measured_s": measured,
         "readings_s": readings,
@@ -223,10 +224,15 @@ def on_ranks(network: Network, command: list[str]) -> str:
         processes.append(
             subprocess.Popen(
                 [*network.command(rank), *pinned(rank), *command], env=environment, cwd=ROOT, stdout=output,
-                stderr=subprocess.PIPE, text=True,
+                stderr=subprocess.PIPE, text=True, start_new_session=True,
             )
         )  # fmt: skip
-    ended = [process.communicate(timeout=1800) for process in processes]
+    try:
+        ended = [process.communicate(timeout=1800) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
     for process, (_, said) in zip(processes, ended, strict=True):
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {said[-2000:]}")
