@@ -37,7 +37,7 @@ BESIDE_S = 1.0
 class LinkReading:
     """One pair of ranks: `alpha_s + size / bytes_per_s` a message, and how well that fits.
 
-    awaited_s: a small message both ways at once, handed to a lane and awaited by both: what a run pays for each exchange
+    awaited_s: a small message both ways at once, handed to a lane and awaited by both: what each exchange costs a run
     that it waits for. slowdown: of a computation beside traffic, as a share of its time. points: (bytes, seconds).
     """
 
