@@ -66,7 +66,7 @@ def test_json_of_a_comparison(distri: Distri, requests: list[RunRequest]) -> Non
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_tables_name_the_picture(distri: Distri, requests: list[RunRequest], command: str) -> None:
-    outcome = distri(command, "-o", "out.png")
+    outcome = distri(command, "--gpus", "2", "--cfg-split", "off", "-o", "out.png")
     assert "out.png" in outcome.out
     assert outcome.err == ""
 
