@@ -87,7 +87,9 @@ def test_other_ranks_of_torchrun_print_nothing(
 
 
 def written_plan(distri: Distri, *flags: object) -> dict[str, object]:
-    value = distri("plan", "--model", "demo", "--gpus", 3, "-o", "plan.json", "--json", *flags).value
+    value = distri(
+        "plan", "--model", "demo", "--gpus", 3, "--cfg-split", "off", "-o", "plan.json", "--json", *flags
+    ).value
     assert isinstance(value, dict)
     return value
 
