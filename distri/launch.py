@@ -414,8 +414,9 @@ def _sentence(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, UserError) or text.startswith("rank "):
         return text
-    kind = "" if isinstance(error, DistriError) else f"{type(error).__name__}: "
-    return f"rank {os.environ['RANK']} ({socket.gethostname()}, pid {os.getpid()}): {kind}{text}"
+    if not isinstance(error, DistriError):  # the traceback says the rest
+        text = f"{type(error).__name__}: {text.splitlines()[0]}"
+    return f"rank {os.environ['RANK']} ({socket.gethostname()}, pid {os.getpid()}): {text}"
 
 
 def _serve_store(listener: int) -> Any:

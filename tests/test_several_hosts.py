@@ -38,6 +38,7 @@ def start(network: Network, host: int, port: int, *arguments: str) -> subprocess
         *network.command(host), sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
         "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test",
         "--rdzv-endpoint", f"{SUBNET}.1:{port}", "--local-addr", f"{SUBNET}.{host + 1}",
+        "--rdzv-conf", f"is_host={host == 0}",  # all namespaces share one host name
         "-m", "distri", "run", "--model", "demo", *arguments,
     ]  # fmt: skip
     return subprocess.Popen(

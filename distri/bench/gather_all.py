@@ -52,6 +52,7 @@ class GatherAllTransport:
         }
         self._open: dict[int, dict[str, Tensor]] = {}
         self._under_way: dict[tuple[str, int], _Gathering] = {}
+        self._dtype: torch.dtype | None = None  # of the activations seen, which a plan need not know
         self.waited_s: dict[str, float] = {}
         self.bytes_received = 0
 
@@ -65,9 +66,10 @@ class GatherAllTransport:
 
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Put a value beside the others of its bucket; the last one starts the all-gather."""
-        nothing = torch.empty(
-            0, dtype=getattr(torch, exchange.dtype), device=self._device
-        )  # a patch may send none
+        if parts and exchange.kind is not ExchangeKind.MOMENTS:
+            self._dtype = parts[0].dtype
+        dtype = self._dtype or getattr(torch, exchange.dtype)
+        nothing = torch.empty(0, dtype=dtype, device=self._device)  # a patch may send none
         flat = torch.cat([part.reshape(-1) for part in parts] or [nothing])
         if bucket is None:
             self._start(version, {exchange.layer: flat})

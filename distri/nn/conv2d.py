@@ -72,15 +72,18 @@ def fill_window(
     """`x_BCHW` (the rectangle `own`) grown to `window`; what no piece covers is zero, as padding is."""
     if window == own:
         return x_BCHW
-    grown = F.pad(
-        x_BCHW,
-        (
-            own.cols.start - window.cols.start,
-            window.cols.stop - own.cols.stop,
-            own.rows.start - window.rows.start,
-            window.rows.stop - own.rows.stop,
-        ),
-    )
+    grown = x_BCHW.new_empty((*x_BCHW.shape[:2], window.rows.size, window.cols.size))
+    kept = own.intersect(window)  # a window may also be smaller than the patch: a stride can skip its last rows
+    rows, cols = _within(kept.rows, window.rows), _within(kept.cols, window.cols)
+    for margin in (
+        grown[..., : rows.start, :],
+        grown[..., rows.stop :, :],
+        grown[..., rows.start : rows.stop, : cols.start],
+        grown[..., rows.start : rows.stop, cols.stop :],
+    ):
+        if margin.numel():
+            margin.zero_()
+    cut(grown, kept, window).copy_(cut(x_BCHW, kept, own))
     for rect, piece in zip(rects, pieces, strict=True):
         inside = rect.intersect(window)
         cut(grown, inside, window).copy_(cut(piece, inside, rect))

@@ -20,9 +20,15 @@ from distri.nn.rank_context import RankLocal
 def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
     """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
     values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float()
-    variance_BG, mean_BG = torch.var_mean(values_BGN, dim=-1, correction=0)
     count = values_BGN.shape[-1]
-    return torch.stack((torch.full_like(mean_BG, count), mean_BG, variance_BG * count), dim=-1)
+    if values_BGN.device.type == "cpu":  # where var_mean takes twenty times as long as two passes over the values
+        mean_BG = values_BGN.mean(dim=-1)
+        centred_BGN = values_BGN - mean_BG.unsqueeze(-1)
+        m2_BG = (centred_BGN * centred_BGN).sum(dim=-1)
+    else:
+        variance_BG, mean_BG = torch.var_mean(values_BGN, dim=-1, correction=0)
+        m2_BG = variance_BG * count
+    return torch.stack((torch.full_like(mean_BG, count), mean_BG, m2_BG), dim=-1)
 
 
 def merge_moments(a_BG3: Tensor, b_BG3: Tensor) -> Tensor:

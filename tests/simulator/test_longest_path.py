@@ -92,7 +92,7 @@ def test_kernels_beside_transfers_take_longer_but_no_longer_than_wholly_beside_o
     end = stretched(start, work, busy, slowdown)
     assert start + work <= end <= start + -(-work * (1000 + slowdown) // 1000)
     half = stretched(stretched(start, work // 2, busy, slowdown), work - work // 2, busy, slowdown)
-    assert 0 <= half - end <= 1
+    assert 0 <= half - end <= 2  # a nanosecond lost alone is up to 1.9 lost beside a transfer
 
 
 def test_the_example_of_one_transfer_beside_a_kernel() -> None:

@@ -16,6 +16,8 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 SAVE_EVERY_S = 60.0
+LONGEST_STEP_S = 10.0
+"""What one update counts for at most: a process that was suspended has not trained meanwhile."""
 
 
 def save_atomically(state: object, path: Path) -> None:
@@ -85,7 +87,7 @@ class Stage:
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             now = time.monotonic()
-            self.spent_s += self._agree(now - start)
+            self.spent_s += self._agree(min(now - start, LONGEST_STEP_S))
             start = now
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimiser.step()
