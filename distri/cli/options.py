@@ -278,7 +278,11 @@ def policy_of(flags: Mapping[str, Any]) -> PolicyTable:
         return policy_table(flags["policy"])
     from distri.config.policy import load_policy_table
 
-    return load_policy_table(path, flags["policy"], load_model_graph(flags["model"]))
+    ctx = click.get_current_context(silent=True)
+    is_asked = (
+        ctx is not None and ctx.get_parameter_source("policy") is click.core.ParameterSource.COMMANDLINE
+    )
+    return load_policy_table(path, flags["policy"], load_model_graph(flags["model"]), is_asked)
 
 
 def refresh_rule_of(flags: Mapping[str, Any]) -> RefreshRule | None:

@@ -24,12 +24,12 @@ FIELDS = ("base", "name", "rules")
 MAX_RULES = 1000
 
 
-def load_policy_table(path: Path, base: str, graph: LayerGraph) -> PolicyTable:
+def load_policy_table(path: Path, base: str, graph: LayerGraph, is_base_asked: bool = False) -> PolicyTable:
     """Read a table; `base` is the one to build on where the file names none.
 
     Raises:
-        PolicyError: the file cannot be read, is no policy table, contradicts itself, or has a rule for layers that
-            `graph` does not have.
+        PolicyError: the file cannot be read, is no policy table, contradicts itself, has a rule for layers that
+            `graph` does not have, or builds on another table than `base` although `is_base_asked`.
     """
     try:
         document = read_marked(path)
@@ -45,7 +45,10 @@ def load_policy_table(path: Path, base: str, graph: LayerGraph) -> PolicyTable:
             raise _refusal(document, (key,), f"unknown field; known: {', '.join(FIELDS)}")
     rules = _rules(document)
     _check_layers(document, rules, graph)
-    return _named(document, _base(document, base).with_rules(rules))
+    table = _base(document, base)
+    if is_base_asked and table.name != policy_table(base).name:
+        raise _refusal(document, ("base",), f"the file builds on {table.name}, but {base} was asked for")
+    return _named(document, table.with_rules(rules))
 
 
 def _base(document: Marked, base: str) -> PolicyTable:

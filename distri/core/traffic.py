@@ -11,6 +11,7 @@ output   every rank's result goes to every rank, of both guidance branches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from distri.core.codec import Codec, payload_bytes
@@ -134,6 +135,7 @@ def output_rects(
     return rects
 
 
+@lru_cache(maxsize=4096)
 def _halo(
     shape: tuple[int, ...], level: int, geometry: ConvGeometry, patches: tuple[Rect, ...]
 ) -> tuple[Message, ...]:

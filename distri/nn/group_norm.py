@@ -21,7 +21,9 @@ def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
     """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
     values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float()
     count = values_BGN.shape[-1]
-    if values_BGN.device.type == "cpu":  # where var_mean takes twenty times as long as two passes over the values
+    if (
+        values_BGN.device.type == "cpu"
+    ):  # where var_mean takes twenty times as long as two passes over the values
         mean_BG = values_BGN.mean(dim=-1)
         centred_BGN = values_BGN - mean_BG.unsqueeze(-1)
         m2_BG = (centred_BGN * centred_BGN).sum(dim=-1)

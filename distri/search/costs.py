@@ -13,6 +13,7 @@ seconds overlaps at least C - I of them with kernels, so its time is at least W 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
@@ -192,6 +193,7 @@ class Bounder:
         self.times = times
         self._drafts: dict[Layout, Plan] = {}
         self._fresh_of: dict[Layout, dict[Group | None, tuple[int, ...]]] = {}
+        self._late_of: dict[tuple[Layout, Serving], tuple[int, ...]] = {}
         self._kernels_of: dict[object, tuple[tuple[int, int, int], ...]] = {}
         self._shards_of: dict[object, tuple[ShardTime, ...]] = {}
 
@@ -308,7 +310,13 @@ class Bounder:
         return found
 
     def _late(self, layout: Layout, serving: Serving) -> tuple[int, ...]:
-        """By rank: the late transfers of one step."""
+        """By rank: the late transfers of one step, which do not depend on how long the warm-up is."""
+        key = (layout, dataclasses.replace(serving, warmup_steps=1))
+        if key not in self._late_of:
+            self._late_of[key] = self._late_transfers(*key)
+        return self._late_of[key]
+
+    def _late_transfers(self, layout: Layout, serving: Serving) -> tuple[int, ...]:
         sketch = self.sketcher.sketch(layout, serving)
         together: dict[int, list[Exchange]] = {}
         for exchange in sketch.exchanges:

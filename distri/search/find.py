@@ -34,6 +34,7 @@ from distri.search.space import (
     buckets_of,
     codecs_of,
     grids,
+    has_idle_cuts,
     structures,
     units_of,
     warmups_of,
@@ -157,8 +158,14 @@ class Search:
         return self._bounders[tuple(device.node for device in arranged.devices)]
 
     def layouts(self) -> Iterator[Layout]:
-        """All layouts, in a fixed order."""
+        """All layouts, in a fixed order.
+
+        Among equal devices, those are left out whose largest patch is no smaller than with one cut fewer: they wait
+        for that patch as long, and send more.
+        """
         request = self.request
+        models = {self.cluster.devices[rank].model for rank in self.ranks}
+        is_uniform = len(models) == 1 and not request.is_exact
         rows, cols = units_of(request.image, self.graph)
         for cfg in (1, 2) if request.image.guidance else (1,):
             for patches in range(1, len(self.ranks) // cfg + 1):
@@ -166,6 +173,8 @@ class Search:
                     continue
                 for order in fleet.orders(self.cluster, self.ranks, cfg * patches, cfg, self.speed):
                     for axis, grid in grids(patches, rows, cols, request.limits.axes):
+                        if is_uniform and has_idle_cuts(grid, (rows, cols)):
+                            continue
                         even = Layout(cfg, patches, axis, grid, None, order)
                         yield even
                         if request.limits.has_uneven_bands and axis is not SplitAxis.GRID:
@@ -435,7 +444,7 @@ class _Run:
         ns = bounder.lowering.latency_ns(search.sketcher.sketch(entry.layout, entry.serving))
         deeper = _Entry(entry.layout, entry.structure, entry.warmup_steps, entry.serving, 3)
         self.latencies[deeper] = (ns, memory)
-        self._push(search.value(entry.layout, ns), deeper)
+        self._push(search.value(entry.layout, ns) * (1 - search.request.limits.slack), deeper)
         self.estimated.append(
             Finalist(entry.layout, entry.serving, search.value(entry.layout, ns), ns, None, memory)
         )

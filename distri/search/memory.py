@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from distri.core.plan import DTYPE_BYTES, Plan
 from distri.search.costs import Bounder
 from distri.search.sketch import Sketcher
@@ -24,6 +26,7 @@ class MemoryModel:
         self._cluster = cluster
         self.limit_bytes = limit_bytes
         self._peaks: dict[object, tuple[int, str]] = {}
+        self._known: dict[object, tuple[MemoryUse, ...]] = {}
         self._communication: dict[int, int] = {}
 
     def limit_of(self, use: MemoryUse) -> int:
@@ -36,20 +39,31 @@ class MemoryModel:
 
     def may_fit(self, layout: Layout, bounder: Bounder) -> bool:
         """Whether all but the stale values fits: no serving needs less."""
-        return all(self.fits(use) for use in self._uses(bounder.draft(layout), bounder, has_stale=False))
+        plan = bounder.draft(layout)
+        largest = max(range(layout.patches), key=lambda patch: plan.partition.patches[patch].area)
+        if all(self.fits(use) for use in self._uses(plan, bounder, has_stale=False, only=largest)):
+            return True  # no other patch needs more
+        return all(self.fits(use) for use in self._uses(plan, bounder, has_stale=False))
 
     def uses(self, layout: Layout, serving: Serving, bounder: Bounder) -> tuple[MemoryUse, ...]:
-        """Each rank's memory."""
-        plan = self._sketcher.with_bytes(self._sketcher.sketch(layout, serving))
-        return self._uses(plan, bounder, has_stale=True)
+        """Each rank's memory; how long the warm-up is does not matter to it."""
+        alike = dataclasses.replace(serving, warmup_steps=1)
+        key = (layout, alike)
+        if key not in self._known:
+            plan = self._sketcher.with_bytes(self._sketcher.sketch(layout, alike))
+            self._known[key] = self._uses(plan, bounder, has_stale=True)
+        return self._known[key]
 
-    def _uses(self, plan: Plan, bounder: Bounder, has_stale: bool) -> tuple[MemoryUse, ...]:
+    def _uses(
+        self, plan: Plan, bounder: Bounder, has_stale: bool, only: int | None = None
+    ) -> tuple[MemoryUse, ...]:
+        """Each rank's memory; with `only`, as if each had that patch."""
         graph, cluster = self._sketcher.graph, bounder.lowering.cluster
         weights = graph.weight_elements * DTYPE_BYTES[plan.dtype]
         uses = []
         by_patch: dict[int, tuple[int, str, int]] = {}
         for rank in range(plan.mesh.size):
-            patch = plan.mesh.patch_of(rank)
+            patch = plan.mesh.patch_of(rank) if only is None else only
             if patch not in by_patch:
                 stale = stale_bytes(plan, graph, patch) if has_stale else 0
                 by_patch[patch] = (*self._peak(plan, patch), stale)

@@ -57,7 +57,7 @@ class Limits:
     has_uneven_bands: bool = True
     tolerance: float = 0.005
     """Plans closer together than about this share count as equal: the plainer one is taken."""
-    slack: float = 0.001
+    slack: float = 0.003
     """How much better a plan that was not looked at may be."""
     max_settled: int = 64
 

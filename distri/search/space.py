@@ -240,6 +240,17 @@ def grids(
                 yield SplitAxis.GRID, (down, across)
 
 
+def has_idle_cuts(grid: tuple[int, int], units: tuple[int, int]) -> bool:
+    """Whether the largest of even patches would be as small with one band of rows or of columns fewer.
+
+    >>> has_idle_cuts((3, 1), (4, 4)), has_idle_cuts((4, 1), (4, 4))
+    (True, False)
+    """
+    return any(
+        n > 1 and ceil_div(size, n) == ceil_div(size, n - 1) for n, size in zip(grid, units, strict=True)
+    )
+
+
 def units_of(image: ImageRequest, graph: LayerGraph) -> tuple[int, int]:
     """Rows and columns that must stay together, counted."""
     alignment, _ = graph.alignment

@@ -9,9 +9,7 @@ all-gather, halos and moments included, and the received parts are moved out of 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
-from itertools import permutations
 from typing import Final, TypeAlias
 
 from distri.core.plan import DTYPE_BYTES, Exchange
@@ -25,7 +23,6 @@ from distri.simulator.hardware import Collective, Tag
 from distri.simulator.link import Flow, alone_ns
 from distri.simulator.options import CtaPolicy, SimulationOptions
 from distri.simulator.tasks import Call, Group, Hop, Transfer
-from distri.simulator.topology import Topology
 
 _REFERENCE_MOMENT_BYTES: Final = 2
 _SPREAD: Final = (ExchangeKind.CONTEXT, ExchangeKind.OUTPUT)
@@ -54,6 +51,8 @@ class CallFactory:
         self._is_reference = is_reference
         self._ranks = tuple(rank for branch in branches for rank in branch)
         self._known: dict[object, Transfer] = {}
+        self._alike: dict[tuple[int, int, bool], Transfer] = {}
+        self._hops_by_place: dict[tuple[int, int, int, int, bool], Hop] = {}
         self._pieces_of: dict[object, tuple[_Piece, ...]] = {}
         self._shares_of: dict[object, tuple[int, ...]] = {}
         self.tags: dict[str, Tag] = {}
@@ -129,7 +128,7 @@ class CallFactory:
             cost = self._collectives.cost(Collective.ALL_TO_ALL, share * len(ranks), ranks, is_blocking)
             self._note(Collective.ALL_TO_ALL, cost)
             limit = max(1, int(self._limited(cost.bandwidth_bytes_per_s) / peers)) if peers else None
-            loads = _pair_loads(self._collectives.topology, ranks)
+            loads = self._collectives.topology.pair_loads(ranks)
             flow = Flow((0, 0, 0), share if peers else 0, loads, to_ns(cost.fixed_s), limit)
             self._known[key] = self._transfer_of(flow)
         return self._known[key]
@@ -228,22 +227,21 @@ class CallFactory:
     ) -> Hop:
         source, reader = ranks[pair[0]], ranks[pair[1]]
         is_head = is_blocking and after < 0  # once a call, not once a hop
-        transfer = self.transfer(Collective.POINT_TO_POINT, size, (source, reader), is_head)
-        return Hop(source, reader, after, transfer)
+        topology = self._collectives.topology
+        place = (size, source, reader, after, is_head)
+        if place not in self._hops_by_place:
+            key = (size, topology.likeness(source, reader), is_head)
+            if key not in self._alike:
+                self._alike[key] = self.transfer(Collective.POINT_TO_POINT, size, (source, reader), is_head)
+            alike = self._alike[key]
+            loads = topology.route(source, reader).loads if alike.loads else ()
+            self._hops_by_place[place] = Hop(source, reader, after, alike._replace(loads=loads))
+        return self._hops_by_place[place]
 
 
 def is_summed(exchange: Exchange) -> bool:
     """Whether the reference sums fresh moments up (it gathers them where it will read stale ones later)."""
     return exchange.kind is ExchangeKind.MOMENTS and exchange.steady not in READS_LATE
-
-
-def _pair_loads(topology: Topology, ranks: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """How often each channel is crossed when every rank sends one message to every other."""
-    crossed: Counter[int] = Counter()
-    for source, reader in permutations(ranks, 2):
-        for channel, times in topology.route(source, reader).loads:
-            crossed[channel] += times
-    return tuple(sorted(crossed.items()))
 
 
 def _in_order(order: dict[tuple[int, int], tuple[int, int] | None]) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ Networks, section 6.5.2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -48,7 +48,7 @@ def flow_of(key: Key, num_bytes: int, route: Route, extra_ns: int = 0) -> Flow:
 
 def alone_ns(flow: Flow, channels: Sequence[Channel]) -> int:
     """Closed form: the time of a flow that shares with no other."""
-    capacities = [channel.capacity_bytes_per_s for channel in channels]
+    capacities = {channel: channels[channel].capacity_bytes_per_s for channel, _ in flow.loads}
     rate = _max_min({flow.key: flow}, capacities)[flow.key]
     return flow.latency_ns + _duration_ns(flow.num_bytes * NANOSECONDS, rate)
 
@@ -229,7 +229,7 @@ def _duration_ns(work: int, rate: int) -> int:
     return -(-work // rate)
 
 
-def _max_min(flows: dict[Key, Flow], capacities: Sequence[int]) -> dict[Key, int]:
+def _max_min(flows: dict[Key, Flow], capacities: Mapping[int, int] | Sequence[int]) -> dict[Key, int]:
     """Max-min fair whole rates: all rise together; a flow stops at its limit or its first full channel."""
     room: dict[int, int] = {}
     weights: dict[int, int] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 from typing import TYPE_CHECKING, Any, Final
 
 from distri.errors import HardwareError
@@ -64,6 +64,9 @@ class Topology:
             channels += [Channel(name, int(link.bandwidth_bytes_per_s.value), link) for name in names]
         self.channels = tuple(channels)
         self._routes: dict[tuple[int, int], Route] = {}
+        self._likeness: dict[tuple[int, int], int] = {}
+        self._kinds: dict[object, int] = {}
+        self._pair_loads: dict[tuple[int, ...], tuple[tuple[int, int], ...]] = {}
         self._trees: dict[str, dict[str, list[str]]] = {}
         self._cards: dict[int, list[str]] = {}
 
@@ -73,6 +76,28 @@ class Topology:
         if key not in self._routes:
             self._routes[key] = self._find(source, target)
         return self._routes[key]
+
+    def likeness(self, source: int, target: int) -> int:
+        """A number that two routes share if a message takes equally long over either, alone."""
+        key = (source, target)
+        if key not in self._likeness:
+            route = self.route(source, target)
+            capacities = tuple(sorted((self.channels[c].capacity_bytes_per_s, n) for c, n in route.loads))
+            devices = self.cluster.devices
+            is_local = devices[source].host == devices[target].host
+            kind = (is_local, devices[source].model, route.latency_ns, capacities)
+            self._likeness[key] = self._kinds.setdefault(kind, len(self._kinds))
+        return self._likeness[key]
+
+    def pair_loads(self, ranks: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """How often each channel is crossed when every one of `ranks` sends one message to every other."""
+        if ranks not in self._pair_loads:
+            crossed: Counter[int] = Counter()
+            for source, reader in permutations(ranks, 2):
+                for channel, times in self.route(source, reader).loads:
+                    crossed[channel] += times
+            self._pair_loads[ranks] = tuple(sorted(crossed.items()))
+        return self._pair_loads[ranks]
 
     def host_of(self, rank: int) -> int:
         """The host that a rank's device is in."""

@@ -26,3 +26,11 @@ def test_a_table_that_is_wrong_is_one_line_and_status_2(distri: Distri, tmp_path
     assert outcome.status == 2
     assert "line 2: rules[0].policy: Input should be 'fresh'" in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_two_tables_to_build_on_are_refused(distri: Distri, tmp_path: Path) -> None:
+    (tmp_path / "table.yaml").write_text(RULES)
+    assert distri(*PLAN, "--policy", "stale", "--policy-table", "table.yaml").status == 0
+    outcome = distri(*PLAN, "--policy", "fresh", "--policy-table", "table.yaml")
+    assert outcome.status == 2
+    assert "the file builds on stale, but fresh was asked for" in outcome.err

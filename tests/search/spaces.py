@@ -18,6 +18,7 @@ from distri.search.find import Search
 from distri.search.request import ALL, Limits, Objective, Risk, SearchRequest
 from distri.search.space import Layout, Serving
 from distri.simulator.hardware import Cluster, Figure
+from distri.simulator.longest_path import longest_path_ns
 from distri.simulator.simulate import simulate
 
 SMALL = Limits(
@@ -126,12 +127,18 @@ def every_candidate(search: Search) -> list[tuple[Layout, Serving]]:
     return found
 
 
-def brute_force(search: Search) -> dict[tuple[Layout, Serving], float]:
-    """The objective of every candidate that fits, by the simulator, from its full plan."""
+def brute_force(search: Search, claimed: float) -> dict[tuple[Layout, Serving], float]:
+    """The objective of every candidate that fits, by the simulator, from its full plan.
+
+    Sharing links makes no plan faster (tests/simulator): one that is worse than `claimed` without it is left out.
+    """
     values = {}
     for layout, serving in every_candidate(search):
         plan = search.sketcher.plan(layout, serving)
-        result = simulate(plan, search.graph, search.bounder(layout).lowering.cluster, search.options)
+        lowering = search.bounder(layout).lowering
+        if search.value(layout, longest_path_ns(lowering.lower(plan))) > claimed * (1 + 1e-6):
+            continue
+        result = simulate(plan, search.graph, lowering.cluster, search.options)
         if all(search.memory.fits(use) for use in result.memory):
             values[layout, serving] = search.value(layout, result.latency_s * 1e9)
     return values

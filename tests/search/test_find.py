@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from distri.core.graph import LayerGraph
 from distri.core.plan import ImageRequest
 from distri.errors import HardwareError, PlanError
+from distri.search import find
 from distri.search.answer import make_answer
 from distri.search.find import Search
 from distri.search.quality import QualityRow, QualityTable
@@ -30,14 +31,14 @@ from tests.search.spaces import (
 )
 
 
-@settings(max_examples=10)
+@settings(max_examples=25)
 @given(graph=graphs(), cluster=clusters(), request=requests())
 def test_the_pruned_search_finds_the_optimum_of_brute_force(
     graph: LayerGraph, cluster: Cluster, request: SearchRequest
 ) -> None:
     search = Search(graph, cluster, request)
     found = search.run()
-    everything = brute_force(search)
+    everything = brute_force(search, found.best.value)
     assert found.counts.considered == len(every_candidate(search))
     assert found.best.value == pytest.approx(min(everything.values()), rel=1e-9)
     assert everything[found.best.layout, found.best.serving] == pytest.approx(found.best.value, rel=1e-9)
@@ -75,6 +76,25 @@ def test_a_sketch_costs_and_holds_what_the_full_plan_does(
         latency_ns = bounder.lowering.latency_ns(search.sketcher.sketch(layout, serving))
         assert latency_ns == round(result.latency_s * 1e9)
         assert search.memory.uses(layout, serving, bounder) == result.memory
+
+
+@pytest.mark.parametrize("name", ["a100-sxm", "rtx4090"])
+@pytest.mark.parametrize("has_attention", [True, False])
+def test_cuts_that_make_no_patch_smaller_never_win(
+    monkeypatch: pytest.MonkeyPatch, name: str, has_attention: bool
+) -> None:
+    request = SearchRequest(
+        ImageRequest(96, 160, 4, True),
+        8,
+        "float16",
+        limits=dataclasses.replace(SMALL, layers_per_bucket=(2,)),
+    )
+    graph = small_graph(320, 1, has_attention)
+    few = Search(graph, cluster_of(name), request).run()
+    monkeypatch.setattr(find, "has_idle_cuts", lambda grid, units: False)
+    all_of_them = Search(graph, cluster_of(name), request).run()
+    assert few.counts.considered < all_of_them.counts.considered
+    assert few.best.value == pytest.approx(all_of_them.best.value, rel=1e-9)
 
 
 def test_the_same_question_has_the_same_answer() -> None:

@@ -70,12 +70,18 @@ def halo_pieces(
     window touches send anything: the pieces are point to point.
     """
     pieces = []
+    edges = [
+        (*rows, *cols) for rows, cols in inputs
+    ]  # compared as numbers: most of many patches are far apart
     for reader, out in enumerate(outputs):
         window = read_rect(geometry, out)
-        for owner, patch in enumerate(inputs):
-            overlap = window.intersect(patch)
-            if owner != reader and overlap.area:
-                pieces.append(HaloPiece(owner, reader, overlap))
+        (top, bottom), (left, right) = window
+        for owner, (patch_top, patch_bottom, patch_left, patch_right) in enumerate(edges):
+            is_near = patch_top < bottom and top < patch_bottom and patch_left < right and left < patch_right
+            if is_near and owner != reader:
+                overlap = window.intersect(inputs[owner])
+                if overlap.area:
+                    pieces.append(HaloPiece(owner, reader, overlap))
     return tuple(pieces)
 
 
