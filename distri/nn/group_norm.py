@@ -20,13 +20,14 @@ from distri.nn.rank_context import RankLocal
 def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
     """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
     values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float()
-    count = values_BGN.shape[-1]
+    batch, _, count = values_BGN.shape
     if (
         values_BGN.device.type == "cpu"
-    ):  # where var_mean takes twenty times as long as two passes over the values
-        mean_BG = values_BGN.mean(dim=-1)
-        centred_BGN = values_BGN - mean_BG.unsqueeze(-1)
-        m2_BG = (centred_BGN * centred_BGN).sum(dim=-1)
+    ):  # where var_mean takes sixteen times as long; its third result is 1/sigma
+        _, mean_BG, inverse_BG = torch.native_group_norm(
+            values_BGN, None, None, batch, num_groups, count, num_groups, 0.0
+        )
+        m2_BG = count / inverse_BG.square()
     else:
         variance_BG, mean_BG = torch.var_mean(values_BGN, dim=-1, correction=0)
         m2_BG = variance_BG * count

@@ -31,7 +31,7 @@ from tests.search.spaces import (
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(graph=graphs(), cluster=clusters(), request=requests())
 def test_the_pruned_search_finds_the_optimum_of_brute_force(
     graph: LayerGraph, cluster: Cluster, request: SearchRequest

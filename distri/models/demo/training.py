@@ -94,7 +94,7 @@ class Stage:
             if after is not None:
                 after()
             self.num_steps += 1
-            mean_loss += (float(loss) - mean_loss) / min(self.num_steps, 50)
+            mean_loss += (loss.item() - mean_loss) / min(self.num_steps, 50)
             bar.update(int(self.spent_s) - bar.n)
             bar.set_postfix(step=self.num_steps, loss=f"{mean_loss:.4f}", refresh=False)
             if self.leads and self.spent_s - saved_s > SAVE_EVERY_S:
