@@ -35,8 +35,8 @@ ABOUT = (
     "number of patches, warm-up steps and steps; written by benchmarks/quality_table.py."
 )
 TABLES = (
-    "corrected,stale,shifted_gn,sync_gn,separate_gn,no_sync,local,extrapolated,partial,"
-    "int8,fp8,residual_int8,residual_int4,residual_int2,extrapolated_residual_int4,extrapolated_residual_int2"
+    "corrected,shifted_gn,sync_gn,separate_gn,no_sync,local,extrapolated,partial,"
+    "int8,residual_int4,residual_int2,extrapolated_residual_int4"
 )
 WARMUPS = (5, 8, 15)
 
@@ -90,11 +90,11 @@ def page_of(rows: list[dict[str, Any]], request: dict[str, Any]) -> str:
     most = counts[-1]
     size = (request["height"], request["width"])
     whole = half_bytes("corrected", most, *size)
+    pictures = rows[0]["num_pictures"]
     lines = [
-        f"Demo model, {size[1]}x{size[0]}, 50 DDIM steps, {warmup} of them warm-up, {rows[0]['num_pictures']} "
-        + "held-out sentences: PSNR in",
-        "dB against the single device's picture from the same noise, and bytes that a rank receives in a steady step,",
-        f"at most, of {most} in float16, beside those of `corrected`.",
+        f"Demo model, {size[1]}x{size[0]}, 50 DDIM steps, {warmup} of them warm-up, {pictures} held-out sentences:",
+        "PSNR in dB against the single device's picture from the same noise, and bytes that a rank receives in a",
+        f"steady step, at most, of {most} in float16, beside those of `corrected`.",
         "",
         "| table | " + " | ".join(f"{count} ranks" for count in counts) + " | bytes |",
         "| --- | " + "--- | " * len(counts) + "--- |",
