@@ -19,8 +19,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/distri run -o out/demo.png
-	$(BIN)/distri compare -o out/compare.png
-	@echo "See out/demo.png, and out/compare.png for the picture of a single process beside it."
+	$(BIN)/distri compare --cfg-split off -o out/compare.png
+	@echo "See out/demo.png, and out/compare.png: two patches, and beside them the picture of a single process."
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2

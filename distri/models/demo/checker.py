@@ -17,7 +17,7 @@ from distri.models.demo.components import connected_components
 from distri.models.demo.scenes import RGB, Colour, Object, Scene, Shape, signed_distance
 
 _FAR_FROM_GROUND = 0.17
-_SHADE_OF_GROUND = 0.25
+_SHADE_OF_GROUND = 0.25  # no two colours of the palette are nearer to each other than 0.38
 _SMALLEST_SHARE = 0.0012
 _SURE_OVERLAP = 0.72
 _NEAR = 0.11

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vae-minutes", type=float, default=12.0)
     parser.add_argument("--text-minutes", type=float, default=8.0)
-    parser.add_argument("--unet-minutes", type=float, default=70.0)
+    parser.add_argument("--unet-minutes", type=float, default=168.0)
     parser.add_argument("--decoder-minutes", type=float, default=8.0)
     parser.add_argument("--export", type=Path, help="folder of the checkpoint (default: OUT/checkpoint)")
     flags = parser.parse_args(arguments)
