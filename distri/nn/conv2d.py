@@ -19,6 +19,9 @@ from distri.core.shape import Band, Rect
 from distri.core.traffic import messages, output_rects
 from distri.nn.rank_context import RankLocal
 
+FEWEST_INNER = 8
+"""A patch with fewer output rows for each one at a border is convolved as one window: three calls cost more then."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -26,7 +29,8 @@ class Window:
 
     own: this patch's input. window: what its output reads; equal to `own` along a dimension that is not split, where
     the convolution's own padding applies. padding: what remains for the convolution to pad. sent, received: the pieces
-    that leave and reach this patch, in message order.
+    that leave and reach this patch, in message order. borders: the bands of output rows that read a neighbour, where
+    the others come out right from the patch alone under the convolution's own padding; None where they do not.
     """
 
     own: Rect
@@ -35,6 +39,7 @@ class Window:
     padding: tuple[int, int]
     sent: tuple[Rect, ...]
     received: tuple[Rect, ...]
+    borders: tuple[Band, ...] | None
 
 
 @lru_cache(maxsize=4096)
@@ -52,7 +57,20 @@ def make_window(
     found = messages(ExchangeKind.HALO, shape, level, geometry, patches)
     sent = tuple(m.rect for m in found if m.source == patch and m.rect is not None)
     received = tuple(m.rect for m in found if m.reader == patch and m.rect is not None)
-    return Window(own, window, out, padding, sent, received)
+    borders = _borders(geometry, own.rows, out.rows, shape[2]) if cols_whole and not rows_whole else None
+    return Window(own, window, out, padding, sent, received, borders)
+
+
+def _borders(geometry: ConvGeometry, own: Band, out: Band, whole: int) -> tuple[Band, ...] | None:
+    if own.start != out.start * geometry.stride[0] or geometry.output_size(own.size, 0) != out.size:
+        return None
+    reads = [geometry.reads(Band(row, row + 1), 0) for row in range(out.start, out.stop)]
+    above = sum(read.start < own.start for read in reads) if own.start > 0 else 0
+    below = sum(read.stop > own.stop for read in reads) if own.stop < whole else 0
+    if above + below > out.size // FEWEST_INNER:
+        return None
+    bands = (Band(out.start, out.start + above), Band(out.stop - below, out.stop))
+    return tuple(band for band in bands if band.size)
 
 
 def cut(x_BCHW: Tensor, rect: Rect, origin: Rect) -> Tensor:
@@ -114,8 +132,28 @@ class PatchConv2d:
         )
         pieces = context.exchanger.collect(exchange.layer)
         rects = window.received if pieces is not None else ()
+        if isinstance(module, nn.Conv2d) and window.borders is not None:
+            return self._by_borders(module, x_BCHW, window, rects, pieces or ())
         grown = fill_window(x_BCHW, window.own, window.window, rects, pieces or ())
         return convolve(module, forward, grown, self._geometry, window)
+
+    def _by_borders(
+        self,
+        module: nn.Conv2d,
+        x_BCHW: Tensor,
+        window: Window,
+        rects: Sequence[Rect],
+        pieces: Sequence[Tensor],
+    ) -> Tensor:
+        """The patch as if it were a whole picture, then its border rows once more: no copy of the patch is made."""
+        y_BCHW = _convolve(module, x_BCHW, self._geometry.padding)
+        assert window.borders is not None
+        for band in window.borders if rects else ():
+            strip = Rect(self._geometry.reads(band, 0), window.own.cols)
+            grown = fill_window(x_BCHW, window.own, strip, rects, pieces)
+            rows = _within(band, window.out.rows)
+            y_BCHW[..., rows.start : rows.stop, :] = _convolve(module, grown, (0, self._geometry.padding[1]))
+        return y_BCHW
 
 
 class LatentConv2d:
@@ -138,6 +176,12 @@ class LatentConv2d:
         return convolve(module, forward, grown, self._geometry, window)
 
 
+def _convolve(module: nn.Conv2d, x_BCHW: Tensor, padding: tuple[int, int]) -> Tensor:
+    return F.conv2d(
+        x_BCHW, module.weight, module.bias, module.stride, padding, module.dilation, module.groups
+    )
+
+
 def convolve(
     module: nn.Module,
     forward: Callable[[Tensor], Tensor],
@@ -151,15 +195,7 @@ def convolve(
     included, on a window grown to whole strides, and its surplus rows and columns are cut off.
     """
     if isinstance(module, nn.Conv2d):
-        return F.conv2d(
-            grown_BCHW,
-            module.weight,
-            module.bias,
-            module.stride,
-            window.padding,
-            module.dilation,
-            module.groups,
-        )
+        return _convolve(module, grown_BCHW, window.padding)
     skipped = [0, 0]
     lead = [0, 0]
     for dim in (0, 1):

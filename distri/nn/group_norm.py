@@ -19,7 +19,7 @@ from distri.nn.rank_context import RankLocal
 
 def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
     """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
-    values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float()
+    values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float().contiguous()
     batch, _, count = values_BGN.shape
     if (
         values_BGN.device.type == "cpu"
