@@ -162,11 +162,11 @@ def whole_process_s(*flags: str) -> float:
 
 @pytest.mark.slow
 def test_a_first_answer_takes_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 s and 20 s on two idle cores; other work on the machine may double that."""
+    """2 s and 20 s on two idle cores; other work on the machine may triple that."""
     times = []
     for attempt in range(3):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(attempt)))
         times.append(whole_process_s("--gpus", "8"))
-    assert min(times) <= 2 * 2
+    assert min(times) <= 3 * 2
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "many"))
-    assert whole_process_s("--gpus", "64", "--hosts", "8") <= 2 * 20
+    assert whole_process_s("--gpus", "64", "--hosts", "8") <= 3 * 20
