@@ -132,7 +132,8 @@ class PatchConv2d:
         )
         pieces = context.exchanger.collect(exchange.layer)
         rects = window.received if pieces is not None else ()
-        if isinstance(module, nn.Conv2d) and window.borders is not None:
+        is_on_cpu = x_BCHW.device.type == "cpu"  # elsewhere launches count for more than copies
+        if is_on_cpu and isinstance(module, nn.Conv2d) and window.borders is not None:
             return self._by_borders(module, x_BCHW, window, rects, pieces or ())
         grown = fill_window(x_BCHW, window.own, window.window, rects, pieces or ())
         return convolve(module, forward, grown, self._geometry, window)
