@@ -90,7 +90,8 @@ def page_of(rows: list[dict[str, Any]], request: dict[str, Any]) -> str:
     most = counts[-1]
     size = (request["height"], request["width"])
     whole = half_bytes("corrected", most, *size)
-    pictures = rows[0]["num_pictures"]
+    numbers = sorted({row["num_pictures"] for row in rows})
+    pictures = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
     lines = [
         f"Demo model, {size[1]}x{size[0]}, 50 DDIM steps, {warmup} of them warm-up, {pictures} held-out sentences:",
         "PSNR in dB against the single device's picture from the same noise, and bytes that a rank receives in a",
@@ -124,6 +125,13 @@ def main() -> None:
     rows = [row for evaluation in evaluations for row in rows_of(evaluation)]
     rows.sort(key=lambda row: (row["policy"], row["warmup_steps"], row["patches"]))
     command = f"python benchmarks/quality_table.py --num-prompts {options.num_prompts}"
+    if options.sources:
+        command = "; ".join(
+            "distri evaluate --json --num-prompts {} --ranks {} --modes {}".format(
+                len(request["prompts"]), ",".join(map(str, request["ranks"])), ",".join(request["modes"])
+            )
+            for request in (evaluation["request"] for evaluation in evaluations)
+        )
     body = {
         "schema": SCHEMA,
         "about": ABOUT,
