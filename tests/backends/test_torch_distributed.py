@@ -144,8 +144,9 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout_and_killed():
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_outlives_a_parent_that_is_interrupted_or_killed(tmp_path, signal_number):
     call = f"run_ranks(2, '{TARGETS}:spawn_and_wait', {{'pids': '{tmp_path}/'}})"
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's `&` has it ignored
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"from distri.launch import run_ranks; {call}"],
+        [sys.executable, "-c", f"from distri.launch import run_ranks; {heed}; {call}"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
     )
