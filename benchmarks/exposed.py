@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.namespaces import Network, Unavailable, check_available
+from benchmarks.namespaces import Network, is_available
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "exposed.json"
@@ -37,10 +37,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    try:
-        check_available()
-    except Unavailable as reason:
-        print(f"skipped: {reason}")
+    if not is_available():
         return 0
     rate = options.rate or find_rate(options.side)
     throttled = bench(rate, options.side, options.rounds)

@@ -25,6 +25,16 @@ class Unavailable(Exception):
     """Namespaces cannot be made here; says why."""
 
 
+def is_available() -> bool:
+    """Whether ranks can have networks of their own; prints why not, for benchmarks that then have nothing to do."""
+    try:
+        check_available()
+    except Unavailable as reason:
+        print(f"skipped: {reason}")
+        return False
+    return True
+
+
 def check_available() -> None:
     """Raise `Unavailable` where ranks cannot have networks of their own."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import reality
-from benchmarks.namespaces import Network, Unavailable, check_available
+from benchmarks.namespaces import Network, is_available
 from distri.config.profile import Profile, load_profile
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
@@ -110,10 +110,7 @@ def main() -> int:
     parser.add_argument("--rates", type=int, nargs="+", default=None, help="Mb/s; 0 for no limit")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
-    try:
-        check_available()
-    except Unavailable as reason:
-        print(f"skipped: {reason}")
+    if not is_available():
         return 0
     rates = RATES if options.rates is None else [rate * reality.MEGABIT or None for rate in options.rates]
     cases = []

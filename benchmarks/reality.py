@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.namespaces import Network, Unavailable, check_available
+from benchmarks.namespaces import Network, is_available
 from distri.config.hardware import load_cluster
 from distri.config.plan import dump_plan, parse_plan
 from distri.config.profile import Profile, load_profile
@@ -89,10 +89,7 @@ def main() -> int:
     if options.as_rank:
         run_as_rank(json.loads(options.as_rank))
         return 0
-    try:
-        check_available()
-    except Unavailable as reason:
-        print(f"skipped: {reason}")
+    if not is_available():
         return 0
     points = [point for point in POINTS if options.only in point.name]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go

@@ -91,9 +91,7 @@ def fill_window(
     if window == own:
         return x_BCHW
     grown = x_BCHW.new_empty((*x_BCHW.shape[:2], window.rows.size, window.cols.size))
-    kept = own.intersect(
-        window
-    )  # a window may also be smaller than the patch: a stride can skip its last rows
+    kept = own.intersect(window)  # a stride can skip the last rows of a patch
     rows, cols = _within(kept.rows, window.rows), _within(kept.cols, window.cols)
     for margin in (
         grown[..., : rows.start, :],

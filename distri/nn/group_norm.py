@@ -21,9 +21,7 @@ def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
     """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
     values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float().contiguous()
     batch, _, count = values_BGN.shape
-    if (
-        values_BGN.device.type == "cpu"
-    ):  # where var_mean takes sixteen times as long; its third result is 1/sigma
+    if values_BGN.device.type == "cpu":  # where var_mean takes sixteen times as long
         _, mean_BG, inverse_BG = torch.native_group_norm(
             values_BGN, None, None, batch, num_groups, count, num_groups, 0.0
         )

@@ -13,7 +13,6 @@ seconds overlaps at least C - I of them with kernels, so its time is at least W 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
@@ -311,7 +310,7 @@ class Bounder:
 
     def _late(self, layout: Layout, serving: Serving) -> tuple[int, ...]:
         """By rank: the late transfers of one step, which do not depend on how long the warm-up is."""
-        key = (layout, dataclasses.replace(serving, warmup_steps=1))
+        key = (layout, serving.steady)
         if key not in self._late_of:
             self._late_of[key] = self._late_transfers(*key)
         return self._late_of[key]

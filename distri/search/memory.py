@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from distri.core.plan import DTYPE_BYTES, Plan
 from distri.search.costs import Bounder
 from distri.search.sketch import Sketcher
@@ -47,10 +45,9 @@ class MemoryModel:
 
     def uses(self, layout: Layout, serving: Serving, bounder: Bounder) -> tuple[MemoryUse, ...]:
         """Each rank's memory; how long the warm-up is does not matter to it."""
-        alike = dataclasses.replace(serving, warmup_steps=1)
-        key = (layout, alike)
+        key = (layout, serving.steady)
         if key not in self._known:
-            plan = self._sketcher.with_bytes(self._sketcher.sketch(layout, alike))
+            plan = self._sketcher.with_bytes(self._sketcher.sketch(*key))
             self._known[key] = self._uses(plan, bounder, has_stale=True)
         return self._known[key]
 

@@ -7,6 +7,7 @@ Everything is listed in a fixed order, so that the search is deterministic.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -106,6 +107,11 @@ class Serving:
     warmup_steps: int
     layers_per_bucket: int = 60
     codec: Codec = Codec.NONE
+
+    @property
+    def steady(self) -> Serving:
+        """The same but for the warm-up: what steady steps and memory depend on."""
+        return dataclasses.replace(self, warmup_steps=1)
 
 
 class Tables:

@@ -1,9 +1,9 @@
 """`distri plan` as a search: what it shows, what it refuses, what it keeps."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -155,18 +155,20 @@ def test_what_cannot_be_searched_is_one_line_and_status_two(
 
 
 def whole_process_s(*flags: str) -> float:
-    start = time.perf_counter()
+    """Of processor time: one thread, so on an idle core it is what the clock says."""
+    before = os.times()
     subprocess.run([sys.executable, "-m", "distri", "plan", *flags], check=True, capture_output=True)
-    return time.perf_counter() - start
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 @pytest.mark.slow
 def test_a_first_answer_takes_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 s and 20 s on two idle cores; other work on the machine may triple that."""
+    """2 s and 20 s on two idle cores; other work on the machine may double that."""
     times = []
     for attempt in range(3):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(attempt)))
         times.append(whole_process_s("--gpus", "8"))
-    assert min(times) <= 3 * 2
+    assert min(times) <= 2 * 2
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "many"))
-    assert whole_process_s("--gpus", "64", "--hosts", "8") <= 3 * 20
+    assert whole_process_s("--gpus", "64", "--hosts", "8") <= 2 * 20

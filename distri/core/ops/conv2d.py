@@ -70,9 +70,7 @@ def halo_pieces(
     window touches send anything: the pieces are point to point.
     """
     pieces = []
-    edges = [
-        (*rows, *cols) for rows, cols in inputs
-    ]  # compared as numbers: most of many patches are far apart
+    edges = [(*rows, *cols) for rows, cols in inputs]  # compared as numbers: most patches are far apart
     for reader, out in enumerate(outputs):
         window = read_rect(geometry, out)
         (top, bottom), (left, right) = window
