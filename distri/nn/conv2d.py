@@ -24,13 +24,22 @@ FEWEST_INNER = 8
 
 
 @dataclass(frozen=True)
+class Border:
+    """An output row that reads a neighbour: the rows of the halo that it reads, and the kernel's rows for them."""
+
+    row: int
+    halo: Band
+    taps: slice
+
+
+@dataclass(frozen=True)
 class Window:
     """Where everything lies, for one convolution and one patch; rectangles are in the layer's coordinates.
 
     own: this patch's input. window: what its output reads; equal to `own` along a dimension that is not split, where
     the convolution's own padding applies. padding: what remains for the convolution to pad. sent, received: the pieces
-    that leave and reach this patch, in message order. borders: the bands of output rows that read a neighbour, where
-    the others come out right from the patch alone under the convolution's own padding; None where they do not.
+    that leave and reach this patch, in message order. borders: the output rows that read a neighbour, where the
+    others come out right from the patch alone under the convolution's own padding; None where they do not.
     """
 
     own: Rect
@@ -39,7 +48,7 @@ class Window:
     padding: tuple[int, int]
     sent: tuple[Rect, ...]
     received: tuple[Rect, ...]
-    borders: tuple[Band, ...] | None
+    borders: tuple[Border, ...] | None
 
 
 @lru_cache(maxsize=4096)
@@ -61,16 +70,22 @@ def make_window(
     return Window(own, window, out, padding, sent, received, borders)
 
 
-def _borders(geometry: ConvGeometry, own: Band, out: Band, whole: int) -> tuple[Band, ...] | None:
+def _borders(geometry: ConvGeometry, own: Band, out: Band, whole: int) -> tuple[Border, ...] | None:
     if own.start != out.start * geometry.stride[0] or geometry.output_size(own.size, 0) != out.size:
         return None
-    reads = [geometry.reads(Band(row, row + 1), 0) for row in range(out.start, out.stop)]
-    above = sum(read.start < own.start for read in reads) if own.start > 0 else 0
-    below = sum(read.stop > own.stop for read in reads) if own.stop < whole else 0
-    if above + below > out.size // FEWEST_INNER:
-        return None
-    bands = (Band(out.start, out.start + above), Band(out.stop - below, out.stop))
-    return tuple(band for band in bands if band.size)
+    height, apart = geometry.kernel[0], geometry.dilation[0]
+    borders = []
+    for row in range(out.start, out.stop):
+        first = geometry.reads(Band(row, row + 1), 0).start
+        reads = range(first, first + height * apart, apart)
+        above = sum(read < own.start for read in reads) if own.start > 0 else 0
+        below = sum(read >= own.stop for read in reads) if own.stop < whole else 0
+        borders += [
+            Border(row, Band(reads[taps.start], reads[taps.stop - 1] + 1), taps)
+            for taps in (slice(0, above), slice(height - below, height))
+            if taps.start < taps.stop
+        ]
+    return tuple(borders) if len(borders) <= out.size // FEWEST_INNER else None
 
 
 def cut(x_BCHW: Tensor, rect: Rect, origin: Rect) -> Tensor:
@@ -106,6 +121,18 @@ def fill_window(
         inside = rect.intersect(window)
         cut(grown, inside, window).copy_(cut(piece, inside, rect))
     return grown
+
+
+def join(rect: Rect, rects: Sequence[Rect], pieces: Sequence[Tensor]) -> Tensor:
+    """The rectangle `rect` of what pieces hold; what no piece covers is zero, as padding is."""
+    if rect in rects:
+        return pieces[rects.index(rect)]
+    joined = pieces[0].new_zeros((*pieces[0].shape[:2], rect.rows.size, rect.cols.size))
+    for held, piece in zip(rects, pieces, strict=True):
+        inside = rect.intersect(held)
+        if inside.area:
+            cut(joined, inside, rect).copy_(cut(piece, inside, held))
+    return joined
 
 
 class PatchConv2d:
@@ -144,14 +171,20 @@ class PatchConv2d:
         rects: Sequence[Rect],
         pieces: Sequence[Tensor],
     ) -> Tensor:
-        """The patch as if it were a whole picture, then its border rows once more: no copy of the patch is made."""
+        """The patch as if it were a whole picture, then what its border rows miss of the halo: nothing is copied."""
         y_BCHW = _convolve(module, x_BCHW, self._geometry.padding)
         assert window.borders is not None
-        for band in window.borders if rects else ():
-            strip = Rect(self._geometry.reads(band, 0), window.own.cols)
-            grown = fill_window(x_BCHW, window.own, strip, rects, pieces)
-            rows = _within(band, window.out.rows)
-            y_BCHW[..., rows.start : rows.stop, :] = _convolve(module, grown, (0, self._geometry.padding[1]))
+        for border in window.borders if rects else ():
+            strip = Rect(border.halo, window.own.cols)
+            missed = F.conv2d(
+                join(strip, rects, pieces).to(x_BCHW.dtype),
+                module.weight[:, :, border.taps],
+                stride=module.stride,
+                padding=(0, self._geometry.padding[1]),
+                dilation=module.dilation,
+                groups=module.groups,
+            )
+            y_BCHW[..., border.row - window.out.rows.start, :] += missed[..., 0, :]
         return y_BCHW
 
 

@@ -34,7 +34,8 @@ class PatchContext:
         """Keys (B, whole L, D), for this patch's tokens `x_BLD`."""
         context = self._ranks.current()
         exchanger = context.exchanger
-        own_LBE = torch.cat((project_keys(x_BLD), project_values(x_BLD)), dim=-1).transpose(0, 1).contiguous()
+        projected = (project_keys(x_BLD).transpose(0, 1), project_values(x_BLD).transpose(0, 1))
+        own_LBE = torch.cat(projected, dim=-1)  # contiguous, whatever its parts are
         exchanger.publish(self._exchange.layer, [own_LBE])
         whole = exchanger.collect(self._exchange.layer)
         kv_LBE = own_LBE if whole is None else whole[0]

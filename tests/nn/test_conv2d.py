@@ -16,11 +16,17 @@ PATCHES = tuple(Rect(band, Band(0, COLS)) for band in BANDS)
 WHOLE = Rect(Band(0, ROWS), Band(0, COLS))
 
 
-def convolved(module: nn.Conv2d, whole: torch.Tensor, patch: int, has_halo: bool = True) -> torch.Tensor:
+def convolved(
+    module: nn.Conv2d,
+    whole: torch.Tensor,
+    patch: int,
+    has_halo: bool = True,
+    wire: torch.dtype = torch.float32,
+) -> torch.Tensor:
     geometry = ConvGeometry(module.kernel_size, module.stride, module.padding, module.dilation)
     window = conv2d.make_window(geometry, tuple(whole.shape), 1, PATCHES, patch)
     assert window.borders is not None, "the picture is too low for this test"
-    pieces = [conv2d.cut(whole, rect, WHOLE) for rect in window.received]
+    pieces = [conv2d.cut(whole, rect, WHOLE).to(wire) for rect in window.received]
     exchanger = SimpleNamespace(
         publish=lambda layer, parts: None, collect=lambda layer: pieces if has_halo else None
     )
@@ -52,3 +58,22 @@ def test_without_a_halo_there_are_zeros_beside_the_patch() -> None:
     module, whole = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, ROWS, COLS)
     alone = module(whole[:, :, 32:64])
     torch.testing.assert_close(convolved(module, whole, 1, has_halo=False), alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_halo_that_travels_in_another_dtype_is_read_in_the_patch_s_own() -> None:
+    module, whole = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, ROWS, COLS)
+    found = convolved(module, whole, 1, wire=torch.float16)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, module(whole)[:, :, 32:64], rtol=0, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_halo_in_two_pieces_is_joined() -> None:
+    """A patch lower than the halo gives its neighbour's neighbour a part of it."""
+    whole = torch.randn(1, 2, 8, 3)
+    rect = Rect(Band(2, 6), Band(0, 3))
+    rects = [Rect(Band(1, 4), Band(0, 3)), Rect(Band(4, 5), Band(0, 3))]
+    joined = conv2d.join(rect, rects, [whole[..., 1:4, :], whole[..., 4:5, :]])
+    assert torch.equal(joined[..., :3, :], whole[..., 2:5, :])
+    assert not joined[..., 3, :].any()
