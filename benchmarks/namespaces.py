@@ -4,7 +4,8 @@
     rank 1 --veth--  bridge, in a namespace of its own
     rank 2 --veth-- /
 
-Each direction of each link is shaped by a token bucket (`tc tbf`) where the bytes enter it.
+Each direction of each link is shaped by a token bucket (`tc tbf`) where the bytes enter it, with a queue of 20 ms in
+front of it: as long as a switch's. In a longer one, small messages wait behind all that was ever handed over.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import subprocess
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from distri.launch import KEPT_MEMORY
+
 SUBNET = "10.77.31"
 MTU_BURSTS = 4
+QUEUE = "20ms"
 BUCKET_S = 0.002
 
 
@@ -89,6 +93,7 @@ class Network:
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "wire",
             "OMP_NUM_THREADS": "1",
+            **KEPT_MEMORY,
         }
 
     def _name(self, rank: int | str) -> str:
@@ -122,7 +127,7 @@ class Network:
         _ip("-n", namespace, "link", "set", device, "gso_max_size", str(MTU_BURSTS * 1500))
         _run(
             "tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", "rate",
-            f"{self.rate_bits_per_s}bit", "burst", str(burst), "latency", "400ms",
+            f"{self.rate_bits_per_s}bit", "burst", str(burst), "latency", QUEUE,
         )  # fmt: skip
 
     def _remove(self) -> None:
