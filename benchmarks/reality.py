@@ -38,7 +38,6 @@ from distri.core.policy import policy_table
 from distri.models.presets import load_graph
 from distri.simulator.hardware import Cluster
 from distri.simulator.result import SimulationResult
-from distri.simulator.topology import Topology
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "reality.json"
@@ -301,12 +300,10 @@ def run_as_rank(arguments: Mapping[str, Any]) -> None:
 def predict(plan: Plan, cluster: Cluster, profile: Profile) -> SimulationResult:
     """The simulator's answer."""
     from distri.simulator.measured import MeasuredOperations
-    from distri.simulator.options import SimulationOptions
     from distri.simulator.simulate import simulate
 
-    options = SimulationOptions(per_step_s=broadcast_s(plan, cluster))
     return simulate(
-        plan, load_graph("demo"), cluster, options,
+        plan, load_graph("demo"), cluster,
         compute=lambda device, launch: MeasuredOperations(profile.measurements, fallback_of(device, launch)),
     )  # fmt: skip
 
@@ -315,15 +312,6 @@ def fallback_of(device: Any, launch: Any) -> Any:
     from distri.simulator.compute import AnalyticCompute
 
     return AnalyticCompute(device, launch)
-
-
-def broadcast_s(plan: Plan, cluster: Cluster) -> float:
-    """What the session sends from rank 0 before each step: the latent, after two small messages that announce it."""
-    route = Topology(cluster).route(0, 1)
-    rounds = (plan.mesh.size - 1).bit_length()
-    small_s = route.latency_ns * 1e-9 + cluster.collectives.per_message_s.value
-    size = plan.image.batch * plan.model.latent_channels * plan.latent.area * 4
-    return rounds * (3 * small_s + size / route.bandwidth_bytes_per_s)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The link probe: what messages between ranks cost here, through the same lanes and wires that a run uses.
 
-Rank 0 meets every other rank in turn. Half a round trip of messages of growing size gives `alpha + S / beta`; both ways
-at once says whether the two directions share the link; a small message through a lane, awaited by both, says what an
-exchange costs at least; and a computation timed with and without traffic beside it says by how much it slows down.
+Rank 0 meets every other rank in turn. Half a round trip of messages of growing size gives the latency; messages both
+ways at once, as patches exchange them, give the rate of each way, or say that the two directions share the link; a
+small message through a lane, awaited by both, says what an exchange costs at least; and a computation timed with and
+without traffic beside it says by how much it slows down.
 """
 
 from __future__ import annotations
@@ -122,13 +123,13 @@ class _Pair:
             points.append((size, seconds))
             if self._agree(seconds > LONGEST_ROUND_S / 4):
                 break
-        alpha_s, bytes_per_s, error = fit_line(points)
         largest = points[-1][0]
-        both_s = self._both_ways(largest)
+        both_ways = [(size, self._both_ways(size)) for size, _ in points[-2:]]
+        is_half = both_ways[-1][1] > HALF_DUPLEX_FROM * points[-1][1]
+        alpha_s, bytes_per_s, error = fit_line(points, points[-2:] if is_half else both_ways)
         awaited_s = self._through_lane(SIZES[0])
         slowdown = self._slowdown(min(largest, 1048576))
         self._lane.close()
-        is_half = both_s > HALF_DUPLEX_FROM * points[-1][1]
         return LinkReading(
             0, self._other, alpha_s, bytes_per_s, error, awaited_s, is_half, slowdown, tuple(points)
         )
@@ -220,16 +221,18 @@ def _time_per_product(a: Tensor, until: Callable[[], bool] | None = None) -> flo
     return (time.perf_counter() - start) / count
 
 
-def fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
-    """alpha, beta and the mean relative error of `alpha + size / beta`.
+def fit_line(
+    points: Sequence[tuple[int, float]], ends: Sequence[tuple[int, float]]
+) -> tuple[float, float, float]:
+    """alpha, beta and the mean relative error of `alpha + size / beta`; all points are (bytes, seconds).
 
-    beta is the slope between the two largest sizes, alpha the median of what the small ones took beyond their bytes: a
+    beta is the slope between the two `ends`, alpha the median of what the small `points` took beyond their bytes: a
     least-squares line would let one disturbed reading turn it, and a shaper's bucket bends it at small sizes.
 
-    >>> fit_line([(0, 1.0), (100, 2.0), (300, 4.0)])
+    >>> fit_line([(0, 1.0), (100, 2.0), (300, 4.0)], [(100, 2.0), (300, 4.0)])
     (1.0, 100.0, 0.0)
     """
-    (size, spent), (largest, longest) = points[-2:]
+    (size, spent), (largest, longest) = ends
     per_byte = max((longest - spent) / (largest - size), 1e-13)
     small = [max(s - b * per_byte, 1e-7) for b, s in points if b <= SMALL_BYTES]
     alpha = statistics.median(small)

@@ -27,6 +27,7 @@ from distri.simulator.tasks import Call, Group, Hop, Transfer
 _REFERENCE_MOMENT_BYTES: Final = 2
 _SPREAD: Final = (ExchangeKind.CONTEXT, ExchangeKind.OUTPUT)
 _Piece: TypeAlias = tuple[tuple[int, int], int, tuple[int, int] | None]
+_ANNOUNCEMENT_BYTES: Final = 64
 CTA_BYTES_PER_S: Final = 20e9
 """What one thread block of communication moves: NCCL 2.30, tuning.cc, per channel on Ampere."""
 
@@ -78,10 +79,20 @@ class CallFactory:
         if spread:
             share = sum(max(self._shares(e, is_late)) for e in spread)
             parties = (self._ranks,) if everybody else self.branches
-            groups = tuple(Group(ranks, self._direct(share, ranks, is_blocking), 0) for ranks in parties)
+            tail_ns = self._next_latent_ns(first) if everybody else 0
+            groups = tuple(Group(ranks, self._direct(share, ranks, is_blocking), tail_ns) for ranks in parties)
         hops = self._hops([e for e in members if e not in spread], is_late, is_blocking)
         sent, received = self._payload(spread, is_late, hops)
         return Call(slot, label, stream, is_late, groups, hops, sent, received, self._ranks)
+
+    def _next_latent_ns(self, output: Exchange) -> int:
+        """What follows the gathered output: rank 0 tells all ranks the next latent, after two words on its shape."""
+        if len(self._ranks) == 1:
+            return 0
+        latent = sum(self._shares(output, is_late=False)) * len(self.branches)
+        sizes = (_ANNOUNCEMENT_BYTES, _ANNOUNCEMENT_BYTES, latent)
+        told = (self.transfer(Collective.BROADCAST, size, self._ranks, is_blocking=True) for size in sizes)
+        return sum(transfer.alone_ns for transfer in told)
 
     def _gathered(self, members: Sequence[Exchange], is_late: bool, is_blocking: bool) -> tuple[Group, ...]:
         """The reference's: everything in one all-gather, but moments that it sums up."""
