@@ -16,19 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from distri.evaluation import EvaluationRequest, demo_prompts, draw, plan_of
 from distri.models.load import load_pipeline
 from distri.models.presets import load_graph
+from distri.profiler.measure import device_name
 
 MODES = ("corrected_async_gn", "stale_gn", "shifted_gn", "separate_gn", "sync_gn", "no_sync", "naive_patch")
-MODES += ("extrapolated", "residual_int4", "partial")
+MODES += ("extrapolated", "extrapolated_gn", "residual_int4", "partial")
 BLACK = 8
 """The brightest value, of 255, that a black picture has."""
 
@@ -106,13 +111,27 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     for number in range(len(results), arguments.runs):
         results.append(run(pipe, graph, case_of(number, prompts)))
-        bad = [result["run"] for result in results if not is_good(result)]
-        summary = {"runs": len(results), "bad": bad, "dtype": "float16", "emulated": arguments.emulated}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({**summary, "results": results}, indent=1) + "\n")
+        write(arguments.output, results, arguments.emulated)
         print(json.dumps(results[-1]), flush=True)
-    bad = [result["run"] for result in results if not is_good(result)]
+    bad = write(arguments.output, results, arguments.emulated)
     print(f"{len(results)} runs, bad: {bad or 'none'}")
+
+
+def write(path: Path, results: list[dict[str, Any]], is_emulated: bool) -> list[int]:
+    """Write all results so far; returns the numbers of those that failed."""
+    bad = [result["run"] for result in results if not is_good(result)]
+    summary = {
+        "what": "random runs in float16 on four and eight patches; bad are those with a NaN or a black picture",
+        "command": f"python benchmarks/fp16_no_black.py{' --emulated' * is_emulated} --runs {len(results)}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(),
+        "torch": str(torch.__version__),
+        "emulated": is_emulated,
+        "bad": bad,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**summary, "results": results}, indent=1) + "\n", encoding="utf-8")
+    return bad
 
 
 if __name__ == "__main__":
