@@ -35,7 +35,7 @@ ABOUT = (
     "number of patches, warm-up steps and steps; written by benchmarks/quality_table.py."
 )
 TABLES = (
-    "corrected,shifted_gn,sync_gn,separate_gn,no_sync,local,extrapolated,partial,"
+    "corrected,extrapolated_gn,shifted_gn,sync_gn,separate_gn,no_sync,local,extrapolated,partial,"
     "int8,residual_int4,residual_int2,extrapolated_residual_int4"
 )
 WARMUPS = (5, 8, 15)

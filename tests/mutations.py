@@ -110,8 +110,9 @@ def steps_are_what_the_oracle_says():
 
 def a_second_image_knows_nothing_of_the_first():
     for policy in ("corrected", "extrapolated_residual_int8"):
-        first, _, again = run(plan_for(policy, steps=4), images=(0, 1, 0))
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        plan = plan_for(policy, steps=4)
+        after_another = run(plan, images=(0, 1))[1]
+        assert all(torch.equal(a, b) for a, b in zip(after_another, run(plan, images=(1,))[0], strict=True))
 
 
 def parts_arrive_as_they_were_sent():
@@ -446,6 +447,14 @@ def not_carried_forward(sound):
     return broken
 
 
+def spreads_kept(sound):
+    def broken(last, before, first):
+        carried = sound(last, before, first)
+        return torch.cat((carried[..., :2], last[..., 2:]), dim=-1)
+
+    return broken
+
+
 def always_bucketed(sound):
     return lambda plan, exchange, *more: exchange.bucket
 
@@ -470,6 +479,8 @@ def overlapping(sound):
 NN, CORE, BOX = "distri.nn", "distri.core", "distri.backends.in_process:InProcessTransport"
 RECON = f"{NN}.reconstruction:Reconstruction"
 DECODE = (f"{NN}.codec:decode", f"{NN}.reconstruction:decode")
+CARRY = (f"{NN}.reconstruction:carry_forward",)
+CARRY_MOMENTS = (f"{NN}.reconstruction:carry_moments_forward",)
 
 MUTATIONS = (
     Mutation("version: t-2 instead of t-1", REQUIRED, version_shifted(lambda v, *_: max(0, v - 1))),
@@ -541,4 +552,13 @@ MUTATIONS = (
     Mutation("codec: sign lost", DECODE, scaled(-1)),
     Mutation("codec: values of a byte in reverse", (f"{NN}.codec:_pack",), high_bits_first),
     Mutation("extrapolation: left out", (f"{RECON}.receive",), not_carried_forward),
+    Mutation(
+        "extrapolation: without its limit", CARRY, lambda sound: lambda last, before, _: 2 * last - before
+    ),
+    Mutation(
+        "extrapolation: the older change",
+        CARRY,
+        lambda sound: lambda last, *older: last + older[0] - older[1],
+    ),
+    Mutation("extrapolation: spreads of moments stand", CARRY_MOMENTS, spreads_kept),
 )

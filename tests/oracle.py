@@ -52,6 +52,21 @@ def tokens(x_BCHW):
     return x_BCHW.reshape(*x_BCHW.shape[:2], -1).transpose(0, 2, 1)
 
 
+def carried(last, before, first):
+    """`last` and the smaller of the last two changes, where they have the same sign."""
+    return last + smaller(last - before, before - first)
+
+
+def grown(last, before, first):
+    """The smaller of the last two growths, at most twofold, where both are growth or both are decay."""
+    return np.exp2(smaller(*(np.clip(np.log2(p / q), -1, 1) for p, q in ((last, before), (before, first)))))
+
+
+def smaller(change, earlier):
+    agree = np.sign(change) == np.sign(earlier)
+    return np.where(agree, np.sign(change) * np.minimum(abs(change), abs(earlier)), 0.0)
+
+
 @dataclass
 class Oracle:
     """A toy denoiser under a plan: `weights` by parameter, `patches` as ((top, bottom), (left, right)).
@@ -124,9 +139,12 @@ class Oracle:
         if policy == "frozen":
             return self.whole[layer, self.warmup_steps - 1]
         last = self.whole[layer, step - 1]
-        if policy == "extrapolated" and self.was_read(layer, step - 2):
-            return 2 * last - self.whole[layer, step - 2]
+        if policy == "extrapolated" and self.knows_two_changes(layer, step):
+            return carried(last, self.whole[layer, step - 2], self.whole[layer, step - 3])
         return last
+
+    def knows_two_changes(self, layer: str, step: int) -> bool:
+        return self.was_read(layer, step - 2) and self.was_read(layer, step - 3)
 
     def was_read(self, layer: str, version: int) -> bool:
         """Whether anybody read this version: in its own step, or one step late."""
@@ -157,7 +175,7 @@ class Oracle:
         x = x / (1 + np.exp(-x))
         x = self.layer("mid", x, step, 1, self.conv("mid", self.stride, self.dilation), deep)
         if self.has_attention:
-            x = x + self.layer("attend", x, step, deep, self.attend, deep)
+            x = x + self.layer("attend", x, step, deep, self.attend(step), deep)
             x = x + self.read(x, text_BTD)
         x = x.repeat(deep, axis=2).repeat(deep, axis=3)
         return self.layer("conv_out", x, step, 1, self.conv("conv_out"), 1)
@@ -173,6 +191,10 @@ class Oracle:
         return lambda picture, *_: convolved(picture, weight, bias, stride, dilation)
 
     def norm(self, step: int) -> Callable:
+        if self.policy("norm", step) == "extrapolated" and self.knows_two_changes("norm", step):
+            return lambda picture, _, own: self.normalised(
+                picture, *self.expected_moments(picture, own, step)
+            )
         if self.policy("norm", step) != "shifted":
             return lambda picture, visible, _: self.normalised(picture, *self.moments(picture[..., visible]))
         before = self.whole["norm", step - 1]
@@ -188,6 +210,27 @@ class Oracle:
 
         return shifted
 
+    def expected_moments(self, picture: Array, own: Slices, step: int) -> tuple[Array, Array]:
+        """This rank's own moments, beside the others' carried forward: before it in the line, and after it."""
+        rank = next(r for r in range(len(self.patches)) if self.region(r, 1) == own)
+        parts = [(picture[(..., *own)][0, 0].size, *self.moments(picture[(..., *own)]))]
+        for side in (range(rank), range(rank + 1, len(self.patches))):
+            if not side:
+                continue
+            versions = []
+            for version in (step - 1, step - 2, step - 3):
+                whole = self.whole["norm", version]
+                values = [whole[(..., *self.region(r, 1))].reshape(*whole.shape[:2], -1) for r in side]
+                versions.append(self.moments(np.concatenate(values, -1)))
+            (mean, variance), *_ = versions
+            growth = grown(*(v for _, v in versions)) if np.all([v for _, v in versions]) else 1.0
+            count = sum(self.whole["norm", step][(..., *self.region(r, 1))][0, 0].size for r in side)
+            parts.append((count, carried(*(m for m, _ in versions)), variance * growth))
+        total = sum(count for count, _, _ in parts)
+        mean = sum(count * m for count, m, _ in parts) / total
+        square = sum(count * (v + m**2) for count, m, v in parts) / total
+        return mean, square - mean**2
+
     def moments(self, x_BCx: Array) -> tuple[Array, Array]:
         values = x_BCx.reshape(x_BCx.shape[0], self.groups, -1)
         return values.mean(-1), values.var(-1)
@@ -198,19 +241,32 @@ class Oracle:
         normal = ((grouped - mean_BG[spread]) / np.sqrt(variance_BG[spread] + 1e-5)).reshape(x_BCHW.shape)
         return normal * self.weights["norm.weight"][:, None, None] + self.weights["norm.bias"][:, None, None]
 
-    def attend(self, picture: Array, visible: Array, own: Slices) -> Array:
-        known = tokens(picture)[:, visible.reshape(-1)]
-        return self.project("attend", picture, known)
+    def attend(self, step: int) -> Callable:
+        is_carried = self.policy("attend", step) == "extrapolated" and self.knows_two_changes("attend", step)
+
+        def attend(picture: Array, visible: Array, own: Slices) -> Array:
+            known = tokens(picture)[:, visible.reshape(-1)]
+            read = [self.linear("attend", part, known) for part in ("to_k", "to_v")]
+            if is_carried:
+                mine = np.zeros(visible.shape, bool)
+                mine[own] = True
+                for value, part in zip(read, ("to_k", "to_v"), strict=True):
+                    versions = [self.whole["attend", step - back] for back in (1, 2, 3)]
+                    late = carried(*(self.linear("attend", part, tokens(x)) for x in versions))
+                    value[:, ~mine.reshape(-1)] = late[:, ~mine.reshape(-1)]
+            return self.project("attend", picture, *read)
+
+        return attend
 
     def read(self, x_BCHW: Array, text_BTD: Array) -> Array:
-        return self.project("read", x_BCHW, text_BTD)
-
-    def project(self, name: str, x_BCHW: Array, known_BTD: Array) -> Array:
-        def linear(part, value):
-            return value @ self.weights[f"{name}.{part}.weight"].T
-
-        mixed = attended(
-            linear("to_q", tokens(x_BCHW)), linear("to_k", known_BTD), linear("to_v", known_BTD), 2
+        return self.project(
+            "read", x_BCHW, *(self.linear("read", part, text_BTD) for part in ("to_k", "to_v"))
         )
-        out = linear("to_out.0", mixed) + self.weights[f"{name}.to_out.0.bias"]
+
+    def linear(self, name: str, part: str, value: Array) -> Array:
+        return value @ self.weights[f"{name}.{part}.weight"].T
+
+    def project(self, name: str, x_BCHW: Array, keys_BTD: Array, values_BTD: Array) -> Array:
+        mixed = attended(self.linear(name, "to_q", tokens(x_BCHW)), keys_BTD, values_BTD, 2)
+        out = self.linear(name, "to_out.0", mixed) + self.weights[f"{name}.to_out.0.bias"]
         return out.transpose(0, 2, 1).reshape(x_BCHW.shape)

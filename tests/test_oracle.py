@@ -36,7 +36,7 @@ PLAIN_TABLES.append("partial")
 FOR_ALL = (Policy.FRESH, Policy.STALE, Policy.FROZEN, Policy.LOCAL)
 STEADY = {
     ExchangeKind.HALO: (*FOR_ALL, Policy.EXTRAPOLATED),
-    ExchangeKind.MOMENTS: (*FOR_ALL, Policy.CORRECTED, Policy.SHIFTED),
+    ExchangeKind.MOMENTS: (*FOR_ALL, Policy.CORRECTED, Policy.SHIFTED, Policy.EXTRAPOLATED),
     ExchangeKind.CONTEXT: (*FOR_ALL, Policy.EXTRAPOLATED),
 }
 
@@ -160,7 +160,7 @@ def test_every_table_means_what_the_oracle_says(policy, axis):
 def test_the_oracle_itself_sees_a_difference_between_policies(late):
     """It is worth nothing if every policy gave the same numbers."""
     model, graph = toy()
-    moments = late if late in (Policy.CORRECTED, Policy.SHIFTED) else Policy.STALE
+    moments = late if late in (Policy.CORRECTED, Policy.SHIFTED, Policy.EXTRAPOLATED) else Policy.STALE
     rest = late if late is Policy.EXTRAPOLATED else Policy.STALE
     table = uniform_table("late", Policy.FRESH, rest, moments, rest)
     last = [expected(model, toy_plan(graph, 3, policy=p))[-1] for p in (table, "fresh", "no_sync", "local")]

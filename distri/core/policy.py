@@ -34,9 +34,8 @@ class Policy(str, Enum):
 
     FRESH: wait for this step's value. STALE: use the previous step's. CORRECTED: GroupNorm only, the previous step's
     moments of the others with this rank's own change applied. SHIFTED: GroupNorm only, the previous step's global
-    moments moved by this rank's own change, as if all had changed alike. EXTRAPOLATED: halo and context only, carried
-    forward to this step from the last two versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no
-    remote data.
+    moments moved by this rank's own change, as if all had changed alike. EXTRAPOLATED: carried forward to this step
+    from the last three versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no remote data.
     """
 
     FRESH = "fresh"
@@ -88,8 +87,6 @@ class PolicyRule:
             raise PolicyError(f"policy {self.policy.value!r} is for moments, not for {self.kind.value}")
         if self.phase is Phase.WARMUP and self.policy not in (Policy.FRESH, Policy.LOCAL):
             raise PolicyError(f"during warm-up an exchange is fresh or local, not {self.policy.value}")
-        if self.policy is Policy.EXTRAPOLATED and self.kind not in (ExchangeKind.HALO, ExchangeKind.CONTEXT):
-            raise PolicyError(f"policy 'extrapolated' is for halo and context, not for {self.kind.value}")
         if self.codec is not Codec.NONE and (
             self.kind not in (ExchangeKind.HALO, ExchangeKind.CONTEXT) or self.policy not in READS_LATE
         ):
@@ -168,12 +165,10 @@ def builtin_tables() -> dict[str, PolicyTable]:
         uniform_table("no_sync", fresh, frozen, frozen, frozen),
         uniform_table("naive_patch", local, local, local, local),
         uniform_table("shifted_gn", fresh, stale, Policy.SHIFTED, stale),
-        uniform_table("extrapolated", fresh, ahead, corrected, ahead),
+        uniform_table("extrapolated_gn", fresh, stale, ahead, stale),
+        uniform_table("extrapolated", fresh, ahead, ahead, ahead),
         *(uniform_table(codec.value, fresh, stale, corrected, stale, codec) for codec in CODED),
-        *(
-            uniform_table(f"extrapolated_{codec.value}", fresh, ahead, corrected, ahead, codec)
-            for codec in CODED
-        ),
+        *(uniform_table(f"extrapolated_{codec.value}", fresh, ahead, ahead, ahead, codec) for codec in CODED),
     )
     return {table.name: table for table in tables}
 

@@ -11,7 +11,7 @@ The contract, for step t counted from 0. A rank always sees its own value of ver
     stale        -                 exactly t - 1
     corrected    -                 exactly t - 1 (GroupNorm, see `distri.core.ops.group_norm`)
     shifted      -                 exactly t - 1 (GroupNorm, beside this rank's own t - 1)
-    extrapolated -                 exactly t - 1 and t - 2, carried forward to t
+    extrapolated -                 exactly t - 1, t - 2 and t - 3, carried forward to t
     stale, with a reach: as stale for near patches; for far ones the last version sent, see `version_from`
     frozen       -                 the last warm-up step
     local        nothing           nothing
@@ -24,6 +24,9 @@ from __future__ import annotations
 
 from distri.core.policy import Phase, Policy, Reach
 from distri.errors import PolicyError, StaleReadError
+
+EXTRAPOLATED_VERSIONS = 3
+"""What `extrapolated` reads: the last version, and two more for the last two changes."""
 
 
 def phase_of(step: int, warmup_steps: int) -> Phase:

@@ -2,7 +2,7 @@
 
 `Reconstruction` stands between a rank's exchanger and its transport; every backend gets it. It keeps, for each
 exchange, what the transport's bare values do not say: the running sums of residual codecs, on both sides, and the
-version before the last, for first-order extrapolation.
+versions before the last, for extrapolation (`distri.nn.extrapolation`).
 
 Shape suffixes as in `distri.core.exchanger`: contexts are tokens first.
 """
@@ -19,9 +19,10 @@ from distri.core.codec import Codec, payload_bytes
 from distri.core.exchanger import Transport
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind, Policy, Reach
-from distri.core.staleness import version_from
+from distri.core.staleness import EXTRAPOLATED_VERSIONS, version_from
 from distri.core.traffic import part_shapes
 from distri.nn.codec import channels_last, decode, encode, restore
+from distri.nn.extrapolation import carry_forward, carry_moments_forward
 
 
 class Reconstruction:
@@ -82,11 +83,12 @@ class Reconstruction:
         is_late = version in held or was_late
         if version not in held:
             held[version] = self._rebuild(exchange, version, own, held.get(version - 1), was_late)
-            for old in sorted(held)[:-2]:
+            for old in sorted(held)[: -EXTRAPOLATED_VERSIONS if extrapolated else -2]:
                 del held[old]
-        values, before = held[version], held.get(version - 1)
-        if extrapolated and is_late and before is not None:
-            values = [value + (value - earlier) for value, earlier in zip(values, before, strict=True)]
+        values, before, first = held[version], held.get(version - 1), held.get(version - 2)
+        if extrapolated and is_late and before is not None and first is not None:
+            carry = carry_moments_forward if exchange.kind is ExchangeKind.MOMENTS else carry_forward
+            values = [carry(*parts) for parts in zip(values, before, first, strict=True)]
         return self._with_own(exchange, values, own)
 
     def _last_sent(

@@ -1,7 +1,7 @@
 """A rank's exchanges between two steps, taken out and put back: what a checkpoint keeps of them.
 
 After step s a rank holds what step s + 1 will read of the others: their versions s, for codecs the running sums, for
-extrapolation the version before, and far context that rests. `held` names all of it; `restore` puts it back into a
+extrapolation the versions before, and far context that rests. `held` names all of it; `restore` puts it back into a
 fresh rank, whose step s + 1 then reads the same bits.
 """
 

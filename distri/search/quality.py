@@ -25,7 +25,6 @@ QUALITY_SCHEMA: Final = 1
 _RISKS: Final = {
     Policy.FRESH: Risk.FRESH,
     Policy.CORRECTED: Risk.CORRECTED,
-    Policy.SHIFTED: Risk.STALE,
     Policy.SHIFTED: Risk.CORRECTED,
     Policy.STALE: Risk.STALE,
     Policy.EXTRAPOLATED: Risk.CODED,

@@ -195,7 +195,7 @@ def structures(max_risk: Risk, limits: Limits, tables: Tables) -> Iterator[Struc
         yield ALL_LOCAL
     is_bold = max_risk.order >= Risk.CODED.order
     late = (stale, Policy.EXTRAPOLATED) if is_bold else (stale,)
-    for context, moments, halo in product((*late, fresh), (corrected, stale, fresh, local), (*late, fresh)):
+    for context, moments, halo in product((*late, fresh), (corrected, *late, fresh, local), (*late, fresh)):
         plain = Structure(halo, moments, context)
         if risk_of(tables.of(plain, Codec.NONE)).order > max_risk.order:
             continue

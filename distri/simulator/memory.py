@@ -17,6 +17,7 @@ from distri.core.graph import LayerGraph, OperationKind
 from distri.core.plan import DTYPE_BYTES, Plan
 from distri.core.policy import ExchangeKind, Phase, Policy
 from distri.core.shape import Extent
+from distri.core.staleness import EXTRAPOLATED_VERSIONS
 from distri.simulator.hardware import Cluster
 from distri.simulator.kernels import Layers
 from distri.simulator.lowering import GATHER_ALL, TEXT_TOKENS, layers_of
@@ -188,13 +189,14 @@ def stale_bytes(plan: Plan, graph: LayerGraph, patch: int) -> int:
         elif exchange.kind is ExchangeKind.CONTEXT:
             share = plan.partition.patches[patch].at_level(exchange.level).area / exchange.shape[0]
             received = round(received / max(1e-9, 1 - share)) if share < 1 else 0
-        versions = {Policy.FROZEN: 1, Policy.EXTRAPOLATED: DEPTH + 1}.get(policy, DEPTH)
+        copied = EXTRAPOLATED_VERSIONS if policy is Policy.EXTRAPOLATED else 0
+        versions = 1 if policy is Policy.FROZEN else DEPTH + (copied if exchange.codec is Codec.NONE else 0)
         total += received * (1 if is_reference else versions)
         if (
             exchange.codec is not Codec.NONE
         ):  # what was rebuilt of the last versions, and the sender's own sums
             plain = exchange.elements_received[patch] * DTYPE_BYTES[exchange.dtype]
-            total += DEPTH * plain + _FP32_BYTES * exchange.elements_received[patch] // max(
+            total += max(DEPTH, copied) * plain + _FP32_BYTES * exchange.elements_received[patch] // max(
                 1, plan.mesh.patch - 1
             )
     if plan.mesh.patch > 1 and plan.is_attached:

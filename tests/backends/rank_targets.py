@@ -161,10 +161,9 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
     for image in range(case.get("images", 1)):
         oracle = Oracle(plan, image)
         exchanger.begin_image()
-        kept: Kept = {}
         for step in range(plan.image.num_inference_steps):
             exchanger.begin_step(Phase.WARMUP if step in case.get("refreshed", ()) else None)
-            kept = _one_step(plan, exchanger, oracle, step, delay if case.get("delays") else None, kept)
+            _one_step(plan, exchanger, oracle, step, delay if case.get("delays") else None)
             allocations.append(transport.arena.num_allocations)
             places.append([t.data_ptr() for t in transport.arena.whole.values()])
             report(step)
@@ -178,15 +177,8 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
     }
 
 
-Kept = dict[str, tuple[list[Tensor], list[Tensor]]]
-
-
-def _one_step(
-    plan: Plan, exchanger: Exchanger[Tensor], oracle: Oracle, step: int, delay: Any, kept: Kept
-) -> Kept:
-    """Returns what a reader that extrapolates still needs at the next step, with copies to compare it with."""
+def _one_step(plan: Plan, exchanger: Exchanger[Tensor], oracle: Oracle, step: int, delay: Any) -> None:
     rank = exchanger.rank
-    keeping: Kept = {}
     for exchange in plan.exchanges[:-1]:
         if delay is not None and delay.random() < 0.3:
             time.sleep(delay.random() * 0.01)
@@ -199,28 +191,11 @@ def _one_step(
             continue
         assert len(seen) == len(expected), place
         assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True)), place
-        if exchange.steady is Policy.EXTRAPOLATED:
-            if exchange.layer in kept:
-                time.sleep(0.002)  # time for a message to arrive where it must not
-                before, copies = kept[exchange.layer]
-                assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True)), f"{place}: lost"
-            others = _others(plan, exchange, rank, seen)
-            keeping[exchange.layer] = (others, [tensor.clone() for tensor in others])
     output = plan.exchanges[-1]
     gathered = exchanger.gather(oracle.made(output, rank, step))
     assert all(torch.equal(t, oracle.made(output, r, step)) for r, t in enumerate(gathered)), (
         f"step {step}: output"
     )
-    return keeping
-
-
-def _others(plan: Plan, exchange: Exchange, rank: int, seen: Any) -> list[Tensor]:
-    """What of a collected value came from other ranks."""
-    if exchange.kind is not ExchangeKind.CONTEXT:
-        return list(seen)
-    own = plan.mesh.patch_of(rank)
-    shares = seen[0].split([patch.area for patch in plan.partition.at_level(exchange.level)])
-    return [share for patch, share in enumerate(shares) if patch != own]
 
 
 def share_values(case: dict[str, Any], report: Any) -> list[Any]:
@@ -269,7 +244,7 @@ def fail_in_step(case: dict[str, Any], report: Any) -> None:
             if step == case["step"] and backend.rank == case["rank"] and case["fate"] == "stop inside":
                 exchanger.publish("norm1", oracle.sent(plan.exchanges[0], backend.rank, step))
                 raise ArithmeticError("not a number in conv1")
-            _one_step(plan, exchanger, oracle, step, None, {})
+            _one_step(plan, exchanger, oracle, step, None)
     except BaseException as error:
         if case.get("aborts", True):
             backend.abort(error)

@@ -23,6 +23,7 @@ POLICIES = (
     "no_sync",
     "separate_gn",
     "extrapolated",
+    "extrapolated_gn",
     "int8",
     "residual_int4",
     "partial",

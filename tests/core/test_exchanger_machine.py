@@ -71,7 +71,14 @@ def graph_of(kinds: Sequence[str]) -> LayerGraph:
 
 ALLOWED = {
     ExchangeKind.HALO: (Policy.FRESH, Policy.STALE, Policy.EXTRAPOLATED, Policy.FROZEN, Policy.LOCAL),
-    ExchangeKind.MOMENTS: (Policy.FRESH, Policy.STALE, Policy.CORRECTED, Policy.FROZEN, Policy.LOCAL),
+    ExchangeKind.MOMENTS: (
+        Policy.FRESH,
+        Policy.STALE,
+        Policy.CORRECTED,
+        Policy.EXTRAPOLATED,
+        Policy.FROZEN,
+        Policy.LOCAL,
+    ),
     ExchangeKind.CONTEXT: (Policy.FRESH, Policy.STALE, Policy.EXTRAPOLATED, Policy.FROZEN, Policy.LOCAL),
 }
 

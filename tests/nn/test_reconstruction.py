@@ -18,6 +18,7 @@ from distri.core.refresh import RefreshRule
 from distri.core.traffic import messages_of, part_shapes
 from distri.errors import PlanError
 from distri.nn.codec import channels_last
+from distri.nn.extrapolation import carry_forward, carry_moments_forward
 from distri.nn.reconstruction import Reconstruction
 from tests.toys import ToyShape, toy, toy_plan
 
@@ -221,14 +222,14 @@ def straight(exchange, step):
 @pytest.mark.parametrize("warmup_steps", [1, 2, 4])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_activations_that_are_linear_in_the_step_are_extrapolated_exactly(warmup_steps, ranks):
-    """From the first steady step if warm-up left two versions, else from the second: before that, the one there is."""
+    """From the first steady step if warm-up left three versions, else as soon as there are; before that, the last."""
     plan = plan_of("extrapolated", ranks, warmup_steps=warmup_steps)
     driven = Ranks(plan)
     driven.begin_image()
     for step in range(plan.image.num_inference_steps):
-        has_one = step == warmup_steps == 1
+        has_too_few = warmup_steps <= step < 3
         for exchange, rank, found in driven.step(lambda e, s=step: straight(e, s)):
-            others = straight(exchange, step - 1 if has_one else step)
+            others = straight(exchange, step - 1 if has_too_few else step)
             truth = driven.truth(exchange, others, rank, straight(exchange, step))
             assert largest_error(found, truth) == 0.0
 
@@ -244,7 +245,45 @@ def test_extrapolation_of_real_numbers_is_linear_to_rounding(slope, start):
 
     for step in range(plan.image.num_inference_steps):
         for exchange, rank, found in driven.step(lambda e, s=step: values(e, s)):
-            assert largest_error(found, driven.truth(exchange, values(exchange, step), rank)) <= 1e-5
+            seen = values(exchange, 1 if step == plan.warmup_steps else step)
+            assert largest_error(found, driven.truth(exchange, seen, rank, values(exchange, step))) <= 1e-5
+
+
+numbers = st.floats(-1e3, 1e3, width=32)
+
+
+@given(versions=st.tuples(numbers, numbers, numbers))
+def test_what_is_carried_forward_is_the_smaller_of_the_last_two_changes(versions):
+    first, before, last = (torch.tensor(value) for value in versions)
+    change, latest, earlier = (
+        float(carry_forward(last, before, first) - last),
+        *map(float, (last - before, before - first)),
+    )
+    rounding = 1e-3
+    if latest * earlier <= 0:
+        assert change == 0.0
+    else:
+        assert change * latest >= 0
+        assert abs(change) == pytest.approx(min(abs(latest), abs(earlier)), abs=rounding)
+
+
+moments = st.tuples(numbers, st.floats(0, 2.0**99, width=32)).map(
+    lambda values: torch.tensor([64.0, *values])
+)
+
+
+@given(versions=st.tuples(moments, moments, moments))
+def test_moments_that_are_carried_forward_are_those_of_a_set_of_values(versions):
+    """However odd the versions are: the count stays, and M2 is finite, not negative and at most doubled or halved."""
+    first, before, last = (value[None, None] for value in versions)
+    count, _, m2 = carry_moments_forward(last, before, first)[0, 0]
+    assert count == 64
+    assert last[0, 0, 2] / 2 <= m2 <= last[0, 0, 2] * 2
+
+
+def test_means_on_a_line_and_spreads_in_a_fixed_ratio_are_carried_forward_exactly():
+    versions = [torch.tensor([[[64.0, 3.0 + 2 * step, 8.0 * 1.5**step]]]) for step in range(4)]
+    assert torch.equal(carry_moments_forward(*versions[2::-1]), versions[3])
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,11 @@ def _grouped(routes: Sequence[Route]) -> list[list[Route]]:
 
 
 def _routes(plan: Plan, patch: int, exchange: Exchange) -> list[Route]:
-    is_carried = exchange.steady is Policy.EXTRAPOLATED
+    depth = 2 if exchange.steady in READS_LATE else 1  # one version is read while the next arrives
     if exchange.codec is not Codec.NONE:
-        # Payloads are decoded as they are read; of the values themselves the reader may still need the last but one.
-        plain = _route(plan, patch, exchange, is_coded=False, depth=2 if is_carried else 1)
-        return [plain, _route(plan, patch, exchange, is_coded=True, depth=2)]
-    late = 3 if is_carried else 2  # one is read (two, to carry them forward) while the next arrives
-    return [_route(plan, patch, exchange, is_coded=False, depth=late if exchange.steady in READS_LATE else 1)]
+        plain = _route(plan, patch, exchange, is_coded=False, depth=1)
+        return [plain, _route(plan, patch, exchange, is_coded=True, depth=depth)]
+    return [_route(plan, patch, exchange, is_coded=False, depth=depth)]
 
 
 def _route(plan: Plan, patch: int, exchange: Exchange, is_coded: bool, depth: int) -> Route:
