@@ -32,14 +32,16 @@ SMALL_ROUNDS = 40
 HALF_DUPLEX_FROM = 1.5
 TIMEOUT_S = 60.0
 BESIDE_S = 1.0
+BETWEEN_S = 0.002
 
 
 @dataclass(frozen=True)
 class LinkReading:
     """One pair of ranks: `alpha_s + size / bytes_per_s` a message, and how well that fits.
 
-    awaited_s: a small message both ways at once, handed to a lane and awaited by both: what each exchange costs a run
-    that it waits for. slowdown: of a computation beside traffic, as a share of its time. points: (bytes, seconds).
+    awaited_s: a small message both ways at once, handed to a lane and awaited by both, after some 2 ms of computing on
+    CPUs: what each exchange costs a run that waits for it. slowdown: of a computation beside traffic, as a share of its
+    time. points: (bytes, seconds).
     """
 
     first: int
@@ -162,7 +164,23 @@ class _Pair:
             if isinstance(ticket, StreamTicket):
                 torch.cuda.synchronize(self._device)
 
-        return self._median(awaited, SMALL_ROUNDS)
+        if self._device.type == "cuda":
+            return self._median(awaited, SMALL_ROUNDS)
+        a = torch.randn(128, 128)
+        count = max(1, round(BETWEEN_S / self._shared_maximum(_time_per_product(a))))
+
+        def computed() -> None:
+            for _ in range(count):
+                a @ a
+
+        def computed_and_awaited() -> None:
+            computed()
+            awaited()
+
+        # Between two exchanges a layer is computed: cores fall asleep, threads lose their turn, ranks get out of step.
+        return max(
+            self._median(computed_and_awaited, SMALL_ROUNDS) - self._median(computed, SMALL_ROUNDS), 1e-6
+        )
 
     def _slowdown(self, size: int) -> float:
         """By how much a computation slows down beside traffic in both directions; on a CPU only."""
