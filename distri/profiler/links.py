@@ -33,6 +33,7 @@ HALF_DUPLEX_FROM = 1.5
 TIMEOUT_S = 60.0
 BESIDE_S = 1.0
 BETWEEN_S = 0.002
+AWAITED_ROUNDS = 200
 
 
 @dataclass(frozen=True)
@@ -169,18 +170,16 @@ class _Pair:
         a = torch.randn(128, 128)
         count = max(1, round(BETWEEN_S / self._shared_maximum(_time_per_product(a))))
 
-        def computed() -> None:
+        # Between two exchanges a layer is computed: cores fall asleep, threads lose their turn, ranks get out of step.
+        # A step meets all that, each time anew, so it is the mean that counts.
+        waited_s = 0.0
+        for _ in range(AWAITED_ROUNDS):
             for _ in range(count):
                 a @ a
-
-        def computed_and_awaited() -> None:
-            computed()
+            start = time.perf_counter()
             awaited()
-
-        # Between two exchanges a layer is computed: cores fall asleep, threads lose their turn, ranks get out of step.
-        return max(
-            self._median(computed_and_awaited, SMALL_ROUNDS) - self._median(computed, SMALL_ROUNDS), 1e-6
-        )
+            waited_s += time.perf_counter() - start
+        return waited_s / AWAITED_ROUNDS
 
     def _slowdown(self, size: int) -> float:
         """By how much a computation slows down beside traffic in both directions; on a CPU only."""

@@ -80,7 +80,9 @@ class CallFactory:
             share = sum(max(self._shares(e, is_late)) for e in spread)
             parties = (self._ranks,) if everybody else self.branches
             tail_ns = self._next_latent_ns(first) if everybody else 0
-            groups = tuple(Group(ranks, self._direct(share, ranks, is_blocking), tail_ns) for ranks in parties)
+            groups = tuple(
+                Group(ranks, self._direct(share, ranks, is_blocking), tail_ns) for ranks in parties
+            )
         hops = self._hops([e for e in members if e not in spread], is_late, is_blocking)
         sent, received = self._payload(spread, is_late, hops)
         return Call(slot, label, stream, is_late, groups, hops, sent, received, self._ranks)
