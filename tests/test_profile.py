@@ -90,12 +90,16 @@ def test_a_profile_comes_back_from_its_file(profile: Profile, tmp_path: Path) ->
     assert path.read_text().count("\n") < len(profile.operations) + 60, "one point a line"
 
 
+@pytest.mark.parametrize("share", [None, 0.7, 1.4])
 def test_a_measured_step_is_predicted_as_measured(
-    profile: Profile, graph: LayerGraph, cluster: Cluster
+    profile: Profile, graph: LayerGraph, cluster: Cluster, share: float | None
 ) -> None:
+    """Also where a pass took more or less than its parts by themselves: `share` of them, if it is given."""
     plan = plan_for(graph, 1)
-    result = simulate(plan, graph, cluster, compute=compute_of(profile))
     (step,) = (step for step in profile.steps if step.key.num_patches == 1)
+    if share is not None:
+        step = dataclasses.replace(step, seconds=share * step.parts_s)
+    result = simulate(plan, graph, cluster, compute=compute_of(dataclasses.replace(profile, steps=(step,))))
     assert result.latency_s == pytest.approx(4 * step.seconds, rel=1e-3)
     assert set(result.tags.values()) >= {Tag.MEASURED}
 

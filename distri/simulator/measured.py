@@ -169,8 +169,8 @@ class MeasuredOperations:
             known = ComputeCost(found.device_s, found.launch_s, Tag.MEASURED, self._source)
         else:
             known = self._interpolated(key, kernels)
-        overhead = self._overhead_s(step_key_of(shard, layers))
-        return ComputeCost(max(known.device_s + overhead, 1e-9), known.launch_s, known.tag, known.source)
+        device_s = self._within_step_s(known.device_s, step_key_of(shard, layers))
+        return ComputeCost(device_s, known.launch_s, known.tag, known.source)
 
     def _interpolated(self, key: OperationKey, kernels: Sequence[OperationShape]) -> ComputeCost:
         guess = _total(self._fallback, kernels)
@@ -194,12 +194,19 @@ class MeasuredOperations:
         launch_s = max(point.launch_s for _, point in near)
         return ComputeCost(device_s, launch_s, Tag.INTERPOLATED, self._source)
 
-    def _overhead_s(self, key: StepKey) -> float:
-        """Of the same shard; else the mean over those with the same layers; else none."""
-        if key in self._steps:
-            return self._steps[key].overhead_s
-        alike = [step.overhead_s for step in self._steps.values() if step.key.layers is key.layers]
-        return math.fsum(alike) / len(alike) if alike else 0.0
+    def _within_step_s(self, device_s: float, key: StepKey) -> float:
+        """An operation's time in a pass: of the same shard; else of those with the same layers; else as it is alone.
+
+        What a pass takes beyond its parts is each operation's in equal shares; what it takes less, in proportion.
+        """
+        alike = [step for step in self._steps.values() if step.key.layers is key.layers]
+        steps = [self._steps[key]] if key in self._steps else alike
+        if not steps:
+            return device_s
+        share = math.fsum(step.seconds for step in steps) / math.fsum(step.parts_s for step in steps)
+        if share < 1:
+            return device_s * share
+        return device_s + math.fsum(step.overhead_s for step in steps) / len(steps)
 
 
 def _total(model: ComputeModel, kernels: Iterable[OperationShape]) -> ComputeCost:
