@@ -121,7 +121,7 @@ def main() -> int:
     worst = max(found["loss"] for found in cases)
     body = {
         "what": "the planner's choice among 1 rank, guidance split and 2 rows, held against all three measured",
-        "command": "python benchmarks/planner_choice.py",
+        "command": f"python benchmarks/planner_choice.py --images {options.images}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "worst_loss": worst,
         "cases": cases,

@@ -117,22 +117,24 @@ def fill_window(
         if margin.numel():
             margin.zero_()
     cut(grown, kept, window).copy_(cut(x_BCHW, kept, own))
-    for rect, piece in zip(rects, pieces, strict=True):
-        inside = rect.intersect(window)
-        cut(grown, inside, window).copy_(cut(piece, inside, rect))
-    return grown
+    return _lay_into(grown, window, rects, pieces)
+
+
+def _lay_into(target: Tensor, rect: Rect, rects: Sequence[Rect], pieces: Sequence[Tensor]) -> Tensor:
+    """Copy what pieces hold of `rect` to its place in `target`; returns that."""
+    for held, piece in zip(rects, pieces, strict=True):
+        inside = held.intersect(rect)
+        if inside.area:
+            cut(target, inside, rect).copy_(cut(piece, inside, held))
+    return target
 
 
 def join(rect: Rect, rects: Sequence[Rect], pieces: Sequence[Tensor]) -> Tensor:
     """The rectangle `rect` of what pieces hold; what no piece covers is zero, as padding is."""
     if rect in rects:
         return pieces[rects.index(rect)]
-    joined = pieces[0].new_zeros((*pieces[0].shape[:2], rect.rows.size, rect.cols.size))
-    for held, piece in zip(rects, pieces, strict=True):
-        inside = rect.intersect(held)
-        if inside.area:
-            cut(joined, inside, rect).copy_(cut(piece, inside, held))
-    return joined
+    zeros = pieces[0].new_zeros((*pieces[0].shape[:2], rect.rows.size, rect.cols.size))
+    return _lay_into(zeros, rect, rects, pieces)
 
 
 class PatchConv2d:
