@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distri.backends.torch_distributed.alarm import Alarm
+from distri.backends.torch_distributed.giving_way import giving_way
 from distri.backends.torch_distributed.lane import StreamTicket, open_lane
 from distri.backends.torch_distributed.wire import Addressed, Wire
 
@@ -89,7 +90,8 @@ def probe_as_rank(arguments: Mapping[str, Any], report: Callable[[Any], None]) -
     torch.set_num_threads(1)
     readings = []
     for other in range(1, size):
-        group = dist.new_group([0, other], timeout=timedelta(seconds=TIMEOUT_S))
+        with giving_way():
+            group = dist.new_group([0, other], timeout=timedelta(seconds=TIMEOUT_S))
         dist.barrier()
         if rank in (0, other):
             wire = Wire(group, (0, other), TIMEOUT_S, is_batched=device.type == "cuda")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -219,6 +220,18 @@ def share_values(case: dict[str, Any], report: Any) -> list[Any]:
         refused = str(error)
     backend.close()
     return [got[1]["a"], got[1]["b"], refused]
+
+
+def policies_of_threads(case: dict[str, Any], report: Any) -> list[tuple[str, int]]:
+    """Name and scheduling policy of each thread of this process, once the backend is open."""
+    backend = TorchBackend(toy_plan(case), device="cpu", timeout_s=10.0)
+    threads = Path("/proc/self/task").iterdir()
+    found = [
+        ((t / "comm").read_text(encoding="utf-8").strip(), os.sched_getscheduler(int(t.name)))
+        for t in threads
+    ]
+    backend.close()
+    return found
 
 
 def meet(case: dict[str, Any], report: Any) -> None:

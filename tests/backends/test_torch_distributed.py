@@ -82,6 +82,13 @@ def test_a_steady_step_sends_one_parcel_a_bucket():
     assert many["messages"] - few["messages"] == 2 * 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has threads that wake up without preempting")
+def test_gloo_pushes_nobody_off_a_core_and_all_else_is_scheduled_as_usual():
+    policies = on_ranks("policies_of_threads", {"ranks": 2})
+    assert {policy for name, policy in policies if name == "gloo_tcp_loop"} == {os.SCHED_BATCH}, policies
+    assert {policy for name, policy in policies if "gloo" not in name} == {os.SCHED_OTHER}, policies
+
+
 def test_values_are_broadcast_as_rank_0_has_them_and_objects_are_refused():
     nothing, plain, refused = on_ranks("share_values", {"ranks": 3})
     assert nothing is None

@@ -22,6 +22,7 @@ import distri
 from distri.backends.torch_distributed.advice import advice_on_links
 from distri.backends.torch_distributed.agreement import check_identities, decode, describe_tensors, encode
 from distri.backends.torch_distributed.alarm import Alarm, LostPeerError, StoreWatch, first_line
+from distri.backends.torch_distributed.giving_way import giving_way
 from distri.backends.torch_distributed.lane import Lane, open_lane
 from distri.backends.torch_distributed.transport import Links, TorchTransport
 from distri.backends.torch_distributed.wire import Wire
@@ -144,14 +145,15 @@ class TorchBackend:
             store = PrefixStore(f"distri/{run}", store)
             check_identities(store, self.rank, size, self._identity())
             if self._owns_group:
-                dist.init_process_group(
-                    "nccl" if self.device.type == "cuda" else "gloo",
-                    store=PrefixStore("world", store),
-                    rank=self.rank,
-                    world_size=size,
-                    timeout=timeout,
-                    device_id=self.device if self.device.type == "cuda" else None,
-                )
+                with giving_way():
+                    dist.init_process_group(
+                        "nccl" if self.device.type == "cuda" else "gloo",
+                        store=PrefixStore("world", store),
+                        rank=self.rank,
+                        world_size=size,
+                        timeout=timeout,
+                        device_id=self.device if self.device.type == "cuda" else None,
+                    )
         except (dist.DistError, RuntimeError, ValueError) as error:
             message = f"{self.who}: not all {size} ranks met within {self.timeout_s:g} s: {first_line(error)}"
             raise RunError(message) from error
@@ -188,7 +190,8 @@ class TorchBackend:
         mine: Wire | None = None
         for branch in range(mesh.cfg):
             ranks = mesh.peers(mesh.rank_of(branch, 0))
-            group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
+            with giving_way():
+                group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
             if branch == mesh.branch_of(self.rank):
                 mine = self._wire(group, ranks)
         assert mine is not None
