@@ -381,8 +381,9 @@ def delta_once(sound):
 
 def unbiased(sound):
     def broken(x, groups):
-        count, mean, m2 = sound(x, groups).unbind(-1)
-        return torch.stack((count, mean, m2 * count / (count - 1)), -1)
+        moments, deviations = sound(x, groups)
+        count, mean, m2 = moments.unbind(-1)
+        return torch.stack((count, mean, m2 * count / (count - 1)), -1), deviations
 
     return broken
 
@@ -393,9 +394,16 @@ def squares_in_half(sound):
         mean = values.mean(-1)
         variance = ((values * values).mean(-1) - mean * mean).float()
         count = torch.full_like(variance, values.shape[-1])
-        return torch.stack((count, mean.float(), variance * count), -1)
+        return torch.stack((count, mean.float(), variance * count), -1), sound(x, groups)[1]
 
     return broken
+
+
+def centred_by_the_others(sound):
+    """As if the deviations that are normalised were from the whole picture's mean already."""
+    return lambda x, moments, module, about=None: sound(
+        x, moments, module, None if about is None else moments[..., 1]
+    )
 
 
 def order_of_patches(make_order):
@@ -531,14 +539,9 @@ MUTATIONS = (
     Mutation("merge: no term for the means", MERGE, without_delta),
     Mutation("merge: counts swapped", MERGE, counts_swapped),
     Mutation("merge: difference not squared", MERGE, delta_once),
-    Mutation(
-        "moments: unbiased variance", (f"{NN}.group_norm:moments_of", "tests.mutations:moments_of"), unbiased
-    ),
-    Mutation(
-        "moments: E[x^2] - E[x]^2 in fp16",
-        (f"{NN}.group_norm:moments_of", "tests.mutations:moments_of"),
-        squares_in_half,
-    ),
+    Mutation("moments: unbiased variance", (f"{NN}.group_norm:centred",), unbiased),
+    Mutation("moments: E[x^2] - E[x]^2 in fp16", (f"{NN}.group_norm:centred",), squares_in_half),
+    Mutation("moments: own mean not put back", (f"{NN}.group_norm:normalise",), centred_by_the_others),
     Mutation(
         "context: patches in reverse", (f"{BOX}._receive_context",), order_of_patches(lambda p: p[::-1])
     ),

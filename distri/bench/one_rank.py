@@ -11,8 +11,8 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from distri.core.graph import LayerGraph
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import ExchangeKind, Phase, Policy, PolicyRule, policy_table
+from distri.launch import run_ranks
 from distri.models.presets import load_graph
 from distri.profiler.instant import InstantBackend
 from distri.profiler.measure import device_name
@@ -29,6 +30,7 @@ from distri.profiler.models import build_hollow, fill, step_arguments
 from distri.session import Session
 
 WARMUP, SETTLING = 1, 2
+LONGEST_S = 6 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ class OneRankResult:
     launches: int | None
     graph_s: float | None
     peak_bytes: int | None
+
+
+def measure_in_own_process(request: OneRankRequest) -> OneRankResult:
+    """`measure_one_rank` in a process that is started as a rank is: with its environment and its share of the cores.
+
+    Raises:
+        UserError, RunError: as `distri.launch.run_ranks`.
+    """
+    target = "distri.bench.one_rank:measure_as_rank"
+    return OneRankResult(**run_ranks(1, target, asdict(request), timeout_s=LONGEST_S))
+
+
+def measure_as_rank(arguments: Mapping[str, Any], report: Callable[[Any], None]) -> dict[str, Any]:
+    """The rank's part: plain JSON values."""
+    return asdict(measure_one_rank(OneRankRequest(**arguments)))
 
 
 def measure_one_rank(request: OneRankRequest) -> OneRankResult:

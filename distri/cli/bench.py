@@ -139,12 +139,12 @@ def _show(rows: list[Row], title: str) -> None:
 
 
 def _one_rank(flags: dict[str, Any]) -> None:
-    from distri.bench.one_rank import OneRankRequest, measure_one_rank
+    from distri.bench.one_rank import OneRankRequest, measure_in_own_process
     from distri.models.presets import defaults
 
     height, width = image_size_of(flags)
     dtype = flags["dtype"] or defaults(flags["model"]).dtype
-    result = measure_one_rank(
+    result = measure_in_own_process(
         OneRankRequest(
             flags["model"], height, width, flags["rank_of"], flags["patch"], flags["rounds"], dtype
         )

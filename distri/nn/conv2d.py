@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,18 +20,6 @@ from distri.core.shape import Band, Rect
 from distri.core.traffic import messages, output_rects
 from distri.nn.rank_context import RankLocal
 
-FEWEST_INNER = 8
-"""A patch with fewer output rows for each one at a border is convolved as one window: three calls cost more then."""
-
-
-@dataclass(frozen=True)
-class Border:
-    """An output row that reads a neighbour: the rows of the halo that it reads, and the kernel's rows for them."""
-
-    row: int
-    halo: Band
-    taps: slice
-
 
 @dataclass(frozen=True)
 class Window:
@@ -38,8 +27,7 @@ class Window:
 
     own: this patch's input. window: what its output reads; equal to `own` along a dimension that is not split, where
     the convolution's own padding applies. padding: what remains for the convolution to pad. sent, received: the pieces
-    that leave and reach this patch, in message order. borders: the output rows that read a neighbour, where the
-    others come out right from the patch alone under the convolution's own padding; None where they do not.
+    that leave and reach this patch, in message order.
     """
 
     own: Rect
@@ -48,7 +36,6 @@ class Window:
     padding: tuple[int, int]
     sent: tuple[Rect, ...]
     received: tuple[Rect, ...]
-    borders: tuple[Border, ...] | None
 
 
 @lru_cache(maxsize=4096)
@@ -66,26 +53,7 @@ def make_window(
     found = messages(ExchangeKind.HALO, shape, level, geometry, patches)
     sent = tuple(m.rect for m in found if m.source == patch and m.rect is not None)
     received = tuple(m.rect for m in found if m.reader == patch and m.rect is not None)
-    borders = _borders(geometry, own.rows, out.rows, shape[2]) if cols_whole and not rows_whole else None
-    return Window(own, window, out, padding, sent, received, borders)
-
-
-def _borders(geometry: ConvGeometry, own: Band, out: Band, whole: int) -> tuple[Border, ...] | None:
-    if own.start != out.start * geometry.stride[0] or geometry.output_size(own.size, 0) != out.size:
-        return None
-    height, apart = geometry.kernel[0], geometry.dilation[0]
-    borders = []
-    for row in range(out.start, out.stop):
-        first = geometry.reads(Band(row, row + 1), 0).start
-        reads = range(first, first + height * apart, apart)
-        above = sum(read < own.start for read in reads) if own.start > 0 else 0
-        below = sum(read >= own.stop for read in reads) if own.stop < whole else 0
-        borders += [
-            Border(row, Band(reads[taps.start], reads[taps.stop - 1] + 1), taps)
-            for taps in (slice(0, above), slice(height - below, height))
-            if taps.start < taps.stop
-        ]
-    return tuple(borders) if len(borders) <= out.size // FEWEST_INNER else None
+    return Window(own, window, out, padding, sent, received)
 
 
 def cut(x_BCHW: Tensor, rect: Rect, origin: Rect) -> Tensor:
@@ -105,36 +73,29 @@ def fill_window(
     """`x_BCHW` (the rectangle `own`) grown to `window`; what no piece covers is zero, as padding is."""
     if window == own:
         return x_BCHW
-    grown = x_BCHW.new_empty((*x_BCHW.shape[:2], window.rows.size, window.cols.size))
     kept = own.intersect(window)  # a stride can skip the last rows of a patch
-    rows, cols = _within(kept.rows, window.rows), _within(kept.cols, window.cols)
-    for margin in (
-        grown[..., : rows.start, :],
-        grown[..., rows.stop :, :],
-        grown[..., rows.start : rows.stop, : cols.start],
-        grown[..., rows.start : rows.stop, cols.stop :],
-    ):
-        if margin.numel():
-            margin.zero_()
-    cut(grown, kept, window).copy_(cut(x_BCHW, kept, own))
-    return _lay_into(grown, window, rects, pieces)
-
-
-def _lay_into(target: Tensor, rect: Rect, rects: Sequence[Rect], pieces: Sequence[Tensor]) -> Tensor:
-    """Copy what pieces hold of `rect` to its place in `target`; returns that."""
-    for held, piece in zip(rects, pieces, strict=True):
-        inside = held.intersect(rect)
+    held = [(kept, cut(x_BCHW, kept, own))]
+    for rect, piece in zip(rects, pieces, strict=True):
+        inside = rect.intersect(window)
         if inside.area:
-            cut(target, inside, rect).copy_(cut(piece, inside, held))
-    return target
+            held.append((inside, cut(piece, inside, rect).to(x_BCHW.dtype)))
+    if all(rect.cols == window.cols for rect, _ in held):
+        return _stacked(held, window)
+    grown = x_BCHW.new_zeros((*x_BCHW.shape[:2], window.rows.size, window.cols.size))
+    for rect, values in held:
+        cut(grown, rect, window).copy_(values)
+    return grown
 
 
-def join(rect: Rect, rects: Sequence[Rect], pieces: Sequence[Tensor]) -> Tensor:
-    """The rectangle `rect` of what pieces hold; what no piece covers is zero, as padding is."""
-    if rect in rects:
-        return pieces[rects.index(rect)]
-    zeros = pieces[0].new_zeros((*pieces[0].shape[:2], rect.rows.size, rect.cols.size))
-    return _lay_into(zeros, rect, rects, pieces)
+def _stacked(held: Sequence[tuple[Rect, Tensor]], window: Rect) -> Tensor:
+    """Rows of the whole width, one above the other: one copy, and a fast one (docs/decisions/0011)."""
+    batch, channels, _, width = held[0][1].shape
+    parts, end = [], window.rows.start
+    for rect, values_BCHW in sorted(held, key=lambda part: part[0].rows.start):
+        parts += [values_BCHW.new_zeros(batch, channels, rect.rows.start - end, width), values_BCHW]
+        end = rect.rows.stop
+    parts.append(parts[-1].new_zeros(batch, channels, window.rows.stop - end, width))
+    return torch.cat([part for part in parts if part.shape[2]], dim=2)
 
 
 class PatchConv2d:
@@ -159,35 +120,8 @@ class PatchConv2d:
         )
         pieces = context.exchanger.collect(exchange.layer)
         rects = window.received if pieces is not None else ()
-        is_on_cpu = x_BCHW.device.type == "cpu"  # elsewhere launches count for more than copies
-        if is_on_cpu and isinstance(module, nn.Conv2d) and window.borders is not None:
-            return self._by_borders(module, x_BCHW, window, rects, pieces or ())
         grown = fill_window(x_BCHW, window.own, window.window, rects, pieces or ())
         return convolve(module, forward, grown, self._geometry, window)
-
-    def _by_borders(
-        self,
-        module: nn.Conv2d,
-        x_BCHW: Tensor,
-        window: Window,
-        rects: Sequence[Rect],
-        pieces: Sequence[Tensor],
-    ) -> Tensor:
-        """The patch as if it were a whole picture, then what its border rows miss of the halo: nothing is copied."""
-        y_BCHW = _convolve(module, x_BCHW, self._geometry.padding)
-        assert window.borders is not None
-        for border in window.borders if rects else ():
-            strip = Rect(border.halo, window.own.cols)
-            missed = F.conv2d(
-                join(strip, rects, pieces).to(x_BCHW.dtype),
-                module.weight[:, :, border.taps],
-                stride=module.stride,
-                padding=(0, self._geometry.padding[1]),
-                dilation=module.dilation,
-                groups=module.groups,
-            )
-            y_BCHW[..., border.row - window.out.rows.start, :] += missed[..., 0, :]
-        return y_BCHW
 
 
 class LatentConv2d:
@@ -205,15 +139,9 @@ class LatentConv2d:
         shape = tuple(latent_BCHW.shape)
         window = make_window(self._geometry, shape, 1, context.patches, context.patch)
         whole = Rect(Band(0, shape[2]), Band(0, shape[3]))
-        halo = window.window.intersect(whole)
-        grown = fill_window(x_BCHW, window.own, window.window, (halo,), (cut(latent_BCHW, halo, whole),))
+        known = window.window.intersect(whole)
+        grown = fill_window(cut(latent_BCHW, known, whole), known, window.window, (), ())
         return convolve(module, forward, grown, self._geometry, window)
-
-
-def _convolve(module: nn.Conv2d, x_BCHW: Tensor, padding: tuple[int, int]) -> Tensor:
-    return F.conv2d(
-        x_BCHW, module.weight, module.bias, module.stride, padding, module.dilation, module.groups
-    )
 
 
 def convolve(
@@ -229,7 +157,15 @@ def convolve(
     included, on a window grown to whole strides, and its surplus rows and columns are cut off.
     """
     if isinstance(module, nn.Conv2d):
-        return _convolve(module, grown_BCHW, window.padding)
+        return F.conv2d(
+            grown_BCHW,
+            module.weight,
+            module.bias,
+            module.stride,
+            window.padding,
+            module.dilation,
+            module.groups,
+        )
     skipped = [0, 0]
     lead = [0, 0]
     for dim in (0, 1):

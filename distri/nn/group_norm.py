@@ -20,17 +20,23 @@ from distri.nn.rank_context import RankLocal
 
 def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
     """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
-    values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float().contiguous()
-    batch, _, count = values_BGN.shape
+    return centred(x_BCx, num_groups)[0]
+
+
+def centred(x_BCx: Tensor, num_groups: int) -> tuple[Tensor, Tensor | None]:
+    """Moments of each group, and on CPUs what they were made of: `x_BCx` less its groups' means, in fp32."""
+    values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float()
+    count = values_BGN.shape[-1]
+    deviations_BGN = None
     if values_BGN.device.type == "cpu":  # where var_mean takes sixteen times as long
-        _, mean_BG, inverse_BG = torch.native_group_norm(
-            values_BGN, None, None, batch, num_groups, count, num_groups, 0.0
-        )
-        m2_BG = count / inverse_BG.square()
+        mean_BG = values_BGN.mean(-1)
+        deviations_BGN = values_BGN - mean_BG[..., None]
+        m2_BG = torch.linalg.vector_norm(deviations_BGN, dim=-1).square_()
     else:
         variance_BG, mean_BG = torch.var_mean(values_BGN, dim=-1, correction=0)
         m2_BG = variance_BG * count
-    return torch.stack((torch.full_like(mean_BG, count), mean_BG, m2_BG), dim=-1)
+    moments_BG3 = torch.stack((torch.full_like(mean_BG, count), mean_BG, m2_BG), dim=-1)
+    return moments_BG3, None if deviations_BGN is None else deviations_BGN.reshape(x_BCx.shape)
 
 
 def merge_moments(a_BG3: Tensor, b_BG3: Tensor) -> Tensor:
@@ -46,12 +52,17 @@ def shift_moments(whole_BG3: Tensor, own_before_BG3: Tensor, own_BG3: Tensor) ->
     return torch.stack((count_BG, mean_BG, torch.where(m2_BG < 0, own_m2_BG, m2_BG)), dim=-1)
 
 
-def normalise(x_BCx: Tensor, moments_BG3: Tensor, module: nn.GroupNorm) -> Tensor:
-    """`module` applied to `x_BCx` with the given moments; the variance is biased, as torch's is."""
+def normalise(
+    x_BCx: Tensor, moments_BG3: Tensor, module: nn.GroupNorm, about: Tensor | None = None
+) -> Tensor:
+    """`module` applied to `x_BCx` with the given moments; the variance is biased, as torch's is.
+
+    about: what was taken off each group of `x_BCx` before (B, G); `x_BCx` is then in fp32, and overwritten.
+    """
     channels = module.num_channels // module.num_groups
     count_BG, mean_BG, m2_BG = moments_BG3.unbind(-1)
     scale_BGc = torch.rsqrt(m2_BG / count_BG + module.eps)[..., None].expand(-1, -1, channels)
-    shift_BGc = -mean_BG[..., None] * scale_BGc
+    shift_BGc = (-mean_BG if about is None else about - mean_BG)[..., None] * scale_BGc
     if module.affine:
         weight_Gc, bias_Gc = (
             p.float().view(module.num_groups, channels) for p in (module.weight, module.bias)
@@ -61,7 +72,8 @@ def normalise(x_BCx: Tensor, moments_BG3: Tensor, module: nn.GroupNorm) -> Tenso
     scale = scale_BGc.reshape(*x_BCx.shape[:2], *trailing)
     shift = shift_BGc.reshape(*x_BCx.shape[:2], *trailing)
     # On a CPU a product and a sum take a third of addcmul's time; the product of a half and a float is a float.
-    return (x_BCx * scale).add_(shift).to(x_BCx.dtype)
+    product = x_BCx * scale if about is None else x_BCx.mul_(scale)
+    return product.add_(shift)
 
 
 class PatchGroupNorm:
@@ -79,7 +91,7 @@ class PatchGroupNorm:
         """This patch of the output, for this patch `x_BCHW` of the input."""
         context = self._ranks.current()
         exchanger, layer = context.exchanger, self._exchange.layer
-        own_BG3 = moments_of(x_BCHW, module.num_groups)
+        own_BG3, deviations_BCHW = centred(x_BCHW, module.num_groups)
         exchanger.publish(layer, [own_BG3])
         others = exchanger.collect(layer) or ()
         whole_BG3 = _merged(own_BG3, others)
@@ -88,7 +100,9 @@ class PatchGroupNorm:
                 before_BG3, _ = context.image_memo[layer]
                 whole_BG3 = shift_moments(_merged(before_BG3, others), before_BG3, own_BG3)
             context.image_memo[layer] = (own_BG3, ())
-        return normalise(x_BCHW, whole_BG3, module)
+        if deviations_BCHW is None:
+            return normalise(x_BCHW, whole_BG3, module).to(x_BCHW.dtype)
+        return normalise(deviations_BCHW, whole_BG3, module, own_BG3[..., 1]).to(x_BCHW.dtype)
 
 
 def _merged(own_BG3: Tensor, others: Sequence[Tensor]) -> Tensor:

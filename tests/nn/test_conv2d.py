@@ -1,4 +1,4 @@
-"""A patch in rows, convolved where it lies, gives the rows of the whole picture's convolution."""
+"""A patch in rows, with its halo, gives the rows of the whole picture's convolution."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,6 @@ def convolved(
 ) -> torch.Tensor:
     geometry = ConvGeometry(module.kernel_size, module.stride, module.padding, module.dilation)
     window = conv2d.make_window(geometry, tuple(whole.shape), 1, PATCHES, patch)
-    assert window.borders is not None, "the picture is too low for this test"
     pieces = [conv2d.cut(whole, rect, WHOLE).to(wire) for rect in window.received]
     exchanger = SimpleNamespace(
         publish=lambda layer, parts: None, collect=lambda layer: pieces if has_halo else None
@@ -70,10 +69,12 @@ def test_a_halo_that_travels_in_another_dtype_is_read_in_the_patch_s_own() -> No
 
 @torch.no_grad()
 def test_a_halo_in_two_pieces_is_joined() -> None:
-    """A patch lower than the halo gives its neighbour's neighbour a part of it."""
-    whole = torch.randn(1, 2, 8, 3)
-    rect = Rect(Band(2, 6), Band(0, 3))
-    rects = [Rect(Band(1, 4), Band(0, 3)), Rect(Band(4, 5), Band(0, 3))]
-    joined = conv2d.join(rect, rects, [whole[..., 1:4, :], whole[..., 4:5, :]])
-    assert torch.equal(joined[..., :3, :], whole[..., 2:5, :])
-    assert not joined[..., 3, :].any()
+    """A patch lower than the halo gives its neighbour's neighbour a part of it; what nobody holds is zero."""
+    whole, cols = torch.randn(1, 2, 8, 3), Band(0, 3)
+    own, window = Rect(Band(2, 5), cols), Rect(Band(-1, 8), cols)
+    rects = [Rect(Band(6, 7), cols), Rect(Band(1, 2), cols), Rect(Band(5, 6), cols)]
+    pieces = [whole[..., rect.rows.start : rect.rows.stop, :] for rect in rects]
+    joined = conv2d.fill_window(whole[..., 2:5, :], own, window, rects, pieces)
+    assert torch.equal(joined[..., 2:8, :], whole[..., 1:7, :])
+    assert not joined[..., :2, :].any()
+    assert not joined[..., 8, :].any()

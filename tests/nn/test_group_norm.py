@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distri.nn.group_norm import merge_moments, moments_of, normalise
+from distri.nn.group_norm import centred, merge_moments, moments_of, normalise
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -128,9 +128,16 @@ def test_normalising_each_band_is_torchs_group_norm_of_the_picture(seed, rows, g
     if affine:
         nn.init.normal_(module.weight)
         nn.init.normal_(module.bias)
-    merged = folded([moments_of(band, groups) for band in bands_of(x, rows)])
-    ours = torch.cat([normalise(band, merged, module) for band in bands_of(x, rows)], dim=2)
+    bands = bands_of(x, rows)
+    merged = folded([moments_of(band, groups) for band in bands])
+    ours = torch.cat([normalise(band, merged, module) for band in bands], dim=2)
     assert torch.allclose(ours, module(x), atol=2e-4)
+    own, deviations = zip(*(centred(band, groups) for band in bands), strict=True)
+    from_deviations = [
+        normalise(deviation, merged, module, about=moments[..., 1])
+        for deviation, moments in zip(deviations, own, strict=True)
+    ]
+    assert torch.allclose(torch.cat(from_deviations, dim=2), module(x), atol=2e-4)
 
 
 @given(seed=seeds, rows=heights, chosen=st.integers(0, 15))
