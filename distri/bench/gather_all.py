@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distri.backends.torch_distributed.giving_way import giving_way
 from distri.core.exchanger import Transport
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
@@ -44,10 +43,9 @@ class GatherAllTransport:
         self._patch = plan.mesh.patch_of(rank)
         self._output = output
         self._device = device
-        with giving_way():  # as our own groups are
-            self._groups = [
-                dist.new_group(list(plan.mesh.peers(plan.mesh.rank_of(b, 0)))) for b in range(plan.mesh.cfg)
-            ]
+        self._groups = [
+            dist.new_group(list(plan.mesh.peers(plan.mesh.rank_of(b, 0)))) for b in range(plan.mesh.cfg)
+        ]
         self._group = self._groups[plan.mesh.branch_of(rank)]
         self._sizes = {
             e.layer: self._share_size(e) for e in plan.exchanges if e.kind is not ExchangeKind.OUTPUT

@@ -83,9 +83,10 @@ def test_a_steady_step_sends_one_parcel_a_bucket():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has threads that wake up without preempting")
-def test_gloo_pushes_nobody_off_a_core_and_all_else_is_scheduled_as_usual():
+def test_gloo_gives_way_where_it_is_waited_for_and_all_else_is_scheduled_as_usual():
     policies = on_ranks("policies_of_threads", {"ranks": 2})
-    assert {policy for name, policy in policies if name == "gloo_tcp_loop"} == {os.SCHED_BATCH}, policies
+    loops = sorted(policy for name, policy in policies if name == "gloo_tcp_loop")
+    assert loops == [os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_BATCH], "late; urgent and the output's"
     assert {policy for name, policy in policies if "gloo" not in name} == {os.SCHED_OTHER}, policies
 
 

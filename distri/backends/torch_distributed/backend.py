@@ -170,7 +170,9 @@ class TorchBackend:
 
     def _open_transport(self, dtype: torch.dtype | None) -> TorchTransport:
         mesh = self.plan.mesh
-        late, urgent = (self._branch_wire() for _ in range(2))
+        late = self._branch_wire()
+        with giving_way():
+            urgent = self._branch_wire()
         links = Links(
             late=open_lane("distri-late", self.device, self._alarm),
             urgent=open_lane("distri-urgent", self.device, self._alarm),
@@ -190,8 +192,7 @@ class TorchBackend:
         mine: Wire | None = None
         for branch in range(mesh.cfg):
             ranks = mesh.peers(mesh.rank_of(branch, 0))
-            with giving_way():
-                group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
+            group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
             if branch == mesh.branch_of(self.rank):
                 mine = self._wire(group, ranks)
         assert mine is not None

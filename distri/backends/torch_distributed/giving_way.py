@@ -3,7 +3,8 @@
 A thread of gloo's does the sending and receiving. While another thread of the rank holds the lock of a connection, it
 asks again and again instead of sleeping; and the very packet that wakes it up comes while that lock is held. If it
 pushes the lock's holder off the core, both stand still until the scheduler's patience ends, some 4 ms later.
-`SCHED_BATCH` is Linux's word for a thread that wakes up without pushing anyone off.
+`SCHED_BATCH` is Linux's word for a thread that wakes up without pushing anyone off. It suits what is waited for, when
+nothing is computed; what travels behind computation must not wait for the computation to pause.
 """
 
 from __future__ import annotations
