@@ -14,6 +14,7 @@ import pytest
 
 from distri.backends.torch_distributed.agreement import decode, describe_tensors, encode
 from distri.backends.torch_distributed.arena import merged
+from distri.backends.torch_distributed.giving_way import giving_way
 from distri.backends.torch_distributed.routes import Routes
 from distri.errors import RunError, UserError
 from distri.launch import run_ranks, threads_per_rank, under_launcher
@@ -88,6 +89,16 @@ def test_gloo_gives_way_where_it_is_waited_for_and_all_else_is_scheduled_as_usua
     loops = sorted(policy for name, policy in policies if name == "gloo_tcp_loop")
     assert loops == [os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_BATCH], "late; urgent and the output's"
     assert {policy for name, policy in policies if "gloo" not in name} == {os.SCHED_OTHER}, policies
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has threads that wake up without preempting")
+def test_where_the_scheduler_s_policy_is_forbidden_groups_are_made_all_the_same(monkeypatch):
+    def forbidden(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    with giving_way():
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_values_are_broadcast_as_rank_0_has_them_and_objects_are_refused():

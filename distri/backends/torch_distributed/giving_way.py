@@ -19,13 +19,17 @@ from contextlib import contextmanager
 def giving_way() -> Iterator[None]:
     """Threads that are started inside push no running thread off its core; the caller itself stays as it was.
 
-    Does nothing where the system knows no such threads, or where the caller already runs under another policy than
-    the usual one, which is then left to whoever chose it.
+    Does nothing where the system knows no such threads or does not let us, or where the caller already runs under
+    another policy than the usual one, which is then left to whoever chose it.
     """
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield
         return
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread; new ones inherit
+    try:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread; new ones inherit
+    except PermissionError:  # a container may forbid the call
+        yield
+        return
     try:
         yield
     finally:
