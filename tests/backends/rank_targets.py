@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -223,13 +224,15 @@ def share_values(case: dict[str, Any], report: Any) -> list[Any]:
 
 
 def policies_of_threads(case: dict[str, Any], report: Any) -> list[tuple[str, int]]:
-    """Name and scheduling policy of each thread of this process, once the backend is open."""
+    """Name and scheduling policy of each thread of this process, Python's own twice, once the backend is open."""
     backend = TorchBackend(toy_plan(case), device="cpu", timeout_s=10.0)
     threads = Path("/proc/self/task").iterdir()
     found = [
         ((t / "comm").read_text(encoding="utf-8").strip(), os.sched_getscheduler(int(t.name)))
         for t in threads
     ]
+    own = [(t.name, os.sched_getscheduler(t.native_id or 0)) for t in threading.enumerate()]
+    found += [(f"own: {name}", policy) for name, policy in own]
     backend.close()
     return found
 
