@@ -28,6 +28,7 @@ from distri.config.profile import Profile, load_profile
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.models.presets import load_graph
+from distri.profiler.measure import device_name
 from distri.search.find import Search
 from distri.search.request import Limits, SearchRequest
 from distri.search.space import Layout, Serving
@@ -122,6 +123,7 @@ def main() -> int:
     body = {
         "what": "the planner's choice among 1 rank, guidance split and 2 rows, held against all three measured",
         "command": f"python benchmarks/planner_choice.py --images {options.images}",
+        "device": device_name(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "worst_loss": worst,
         "cases": cases,

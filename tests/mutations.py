@@ -24,8 +24,9 @@ from distri.core.policy import READS_LATE, Policy
 from distri.core.shape import Band, Rect
 from distri.core.verify import verify
 from distri.nn import codec as codec_module
+from distri.nn import group_norm
 from distri.nn.codec import channels_last
-from distri.nn.group_norm import merge_moments, moments_of, normalise
+from distri.nn.group_norm import merge_moments, normalise
 from distri.session import Session
 from tests.core.test_exchanger_machine import ExchangerMachine
 from tests.nn.test_reconstruction import Ranks, largest_error, plan_of, sums_of, toy_plan_in, walk
@@ -80,7 +81,7 @@ def exchanges_keep_the_contract():
 
 def moments_are_those_of_the_picture():
     x = 1000 + torch.randn(2, 4, 9, 3, generator=torch.Generator().manual_seed(0))
-    parts = [moments_of(band, 2) for band in x.split([1, 3, 5], dim=2)]
+    parts = [group_norm.centred(band, 2)[0] for band in x.split([1, 3, 5], dim=2)]
     merged = merge_moments(merge_moments(parts[0], parts[1]), parts[2])
     values = x.double().reshape(2, 2, -1)
     assert torch.allclose(merged[..., 1].double(), values.mean(-1), atol=1e-3)
@@ -90,7 +91,7 @@ def moments_are_those_of_the_picture():
 def half_precision_has_no_negative_variance():
     x = (100 + 0.01 * torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))).half()
     module = nn.GroupNorm(2, 4)
-    moments = moments_of(x, 2)
+    moments = group_norm.centred(x, 2)[0]
     assert (moments[..., 2] >= 0).all()
     assert torch.allclose(normalise(x, moments, module).float(), module(x.float()), atol=0.05)
 
@@ -328,7 +329,7 @@ def old_own(sound):
     def broken(self, module, x):
         context = self._ranks.current()
         exchange, last = self._exchange, f"old own of {self._exchange.layer}"
-        own = moments_of(x, module.num_groups)
+        own = group_norm.centred(x, module.num_groups)[0]
         context.exchanger.publish(exchange.layer, [own])
         others = context.exchanger.collect(exchange.layer)
         used = context.image_memo.get(last, (own, (own,)))[0]

@@ -89,13 +89,19 @@ def fill_window(
 
 def _stacked(held: Sequence[tuple[Rect, Tensor]], window: Rect) -> Tensor:
     """Rows of the whole width, one above the other: one copy, and a fast one (docs/decisions/0011)."""
-    batch, channels, _, width = held[0][1].shape
-    parts, end = [], window.rows.start
+    parts: list[Tensor] = []
+    end = window.rows.start
+
+    def zeros_up_to(start: int, like_BCHW: Tensor) -> None:
+        if start > end:
+            parts.append(like_BCHW.new_zeros(*like_BCHW.shape[:2], start - end, like_BCHW.shape[3]))
+
     for rect, values_BCHW in sorted(held, key=lambda part: part[0].rows.start):
-        parts += [values_BCHW.new_zeros(batch, channels, rect.rows.start - end, width), values_BCHW]
+        zeros_up_to(rect.rows.start, values_BCHW)
+        parts.append(values_BCHW)
         end = rect.rows.stop
-    parts.append(parts[-1].new_zeros(batch, channels, window.rows.stop - end, width))
-    return torch.cat([part for part in parts if part.shape[2]], dim=2)
+    zeros_up_to(window.rows.stop, parts[-1])
+    return torch.cat(parts, dim=2)
 
 
 class PatchConv2d:

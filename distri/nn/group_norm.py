@@ -18,13 +18,11 @@ from distri.core.policy import Phase, Policy
 from distri.nn.rank_context import RankLocal
 
 
-def moments_of(x_BCx: Tensor, num_groups: int) -> Tensor:
-    """Moments (B, G, 3) of each group of channels, in fp32; `x_BCx` has any number of trailing dimensions."""
-    return centred(x_BCx, num_groups)[0]
-
-
 def centred(x_BCx: Tensor, num_groups: int) -> tuple[Tensor, Tensor | None]:
-    """Moments of each group, and on CPUs what they were made of: `x_BCx` less its groups' means, in fp32."""
+    """Moments (B, G, 3) of each group of channels in fp32; on CPUs also `x_BCx` less its groups' means, in fp32.
+
+    `x_BCx` has any number of trailing dimensions.
+    """
     values_BGN = x_BCx.reshape(x_BCx.shape[0], num_groups, -1).float()
     count = values_BGN.shape[-1]
     deviations_BGN = None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from distri.nn.group_norm import centred, merge_moments, moments_of, normalise
+from distri.nn.group_norm import centred, merge_moments, normalise
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -24,6 +24,10 @@ heights = st.lists(st.integers(1, 5), min_size=2, max_size=16)
 def drawn(seed, rows, cols=3, channels=4, mean=0.0, spread=1.0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return (mean + spread * torch.randn(2, channels, rows, cols, generator=generator)).to(dtype)
+
+
+def moments_of(x, groups):
+    return centred(x, groups)[0]
 
 
 def bands_of(x, rows):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 
 @contextmanager
@@ -22,15 +22,11 @@ def giving_way() -> Iterator[None]:
     Does nothing where the system knows no such threads or does not let us, or where the caller already runs under
     another policy than the usual one, which is then left to whoever chose it.
     """
-    if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
+    with ExitStack() as undo:
+        if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
+            with suppress(PermissionError):  # a container may forbid the call
+                os.sched_setscheduler(
+                    0, os.SCHED_BATCH, os.sched_param(0)
+                )  # 0: this thread; new ones inherit
+                undo.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
         yield
-        return
-    try:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread; new ones inherit
-    except PermissionError:  # a container may forbid the call
-        yield
-        return
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
