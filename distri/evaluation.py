@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +165,7 @@ def evaluate(request: EvaluationRequest, graph: LayerGraph, progress: Progress |
                     seed,
                     psnr_db(ours.picture, trace.picture),
                     ssim(ours.picture, trace.picture),
-                    seam_visibility(ours.picture, plan.partition.patches, plan.model.vae_factor),
+                    seam_visibility(ours.picture, tuple(chain(*plan.partition.turns)), plan.model.vae_factor),
                     words_obeyed(request.model, prompt, ours.picture),
                     perceptual(ours.picture, trace.picture) if perceptual else None,
                     tuple(_drift(ours.latents, trace.latents)),

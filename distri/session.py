@@ -278,8 +278,9 @@ class Session:
         first: Tensor = parts[0]
         shape = (first.shape[0] * mesh.cfg, first.shape[1], latent.rows.size, latent.cols.size)
         whole_BCHW = first.new_empty(shape)
+        patches = self.plan.partition.at_step(self._step)
         for rank, part in enumerate(parts):
-            patch = self.plan.partition.patches[mesh.patch_of(rank)]
+            patch = patches[mesh.patch_of(rank)]
             half = whole_BCHW.chunk(mesh.cfg, dim=0)[mesh.branch_of(rank)]
             half[..., patch.rows.start : patch.rows.stop, patch.cols.start : patch.cols.stop] = part
         if isinstance(output, tuple):

@@ -12,7 +12,7 @@ import click
 from distri.cli.options import RUN_DTYPES, image_size_of, json_option, model_option, size_options
 from distri.cli.output import check_text_output, print_json, write_text
 from distri.cli.render import console, progress_bar, scaled, show_result, table
-from distri.core.partition import SplitAxis
+from distri.core.partition import FIXED_AXES, SplitAxis
 from distri.errors import OutputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps in a turn.")
 @click.option(
     "--split",
-    type=click.Choice(tuple(axis.value for axis in SplitAxis)),
+    type=click.Choice(tuple(axis.value for axis in FIXED_AXES)),
     default=SplitAxis.ROWS.value,
     show_default=True,
     help="How the image is cut.",

@@ -37,6 +37,7 @@ def show_difference(first: Path, second: Path, as_json: bool) -> None:
 def facts(plan: Plan, search: dict[str, Any] | None) -> dict[str, str]:
     """A plan in words, one line a fact."""
     image, mesh = plan.image, plan.mesh
+    patches = [patch for turn in plan.partition.turns for patch in turn]
     found = {
         "model": plan.model.name,
         "picture": f"{image.height}x{image.width}, {image.num_inference_steps} steps",
@@ -44,8 +45,8 @@ def facts(plan: Plan, search: dict[str, Any] | None) -> dict[str, str]:
         "dtype": plan.dtype,
         "mesh": f"{mesh.cfg} x {mesh.patch}",
         "split": plan.partition.axis.value,
-        "rows of the patches": ", ".join(f"{p.rows.start}-{p.rows.stop}" for p in plan.partition.patches),
-        "columns of the patches": ", ".join(f"{p.cols.start}-{p.cols.stop}" for p in plan.partition.patches),
+        "rows of the patches": ", ".join(f"{p.rows.start}-{p.rows.stop}" for p in patches),
+        "columns of the patches": ", ".join(f"{p.cols.start}-{p.cols.stop}" for p in patches),
         "policy": plan.policy.name,
         "warm-up": f"{plan.warmup_steps} steps",
         "refresh": "-" if plan.refresh is None else str(plan.refresh),

@@ -22,7 +22,7 @@ from distri.cli.options import (
 )
 from distri.cli.output import check_text_output, print_json, write_text
 from distri.cli.render import console, scaled, show_result, table
-from distri.core.partition import SplitAxis
+from distri.core.partition import FIXED_AXES, SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import policy_table
@@ -53,7 +53,7 @@ POLICIES = ("corrected", "local")
 @click.option(
     "--split",
     "splits",
-    type=click.Choice(tuple(axis.value for axis in SplitAxis)),
+    type=click.Choice(tuple(axis.value for axis in FIXED_AXES)),
     multiple=True,
     default=("rows",),
     show_default=True,

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from distri.core.partition import SplitAxis
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind, Phase, Policy
+from distri.core.shape import Rect
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,7 +65,7 @@ def show_plan(plan: Plan) -> None:
     out.print(
         f"mesh: {mesh.cfg} guidance {'branch' if mesh.cfg == 1 else 'branches'} x {mesh.patch} "
         f"{'patch' if mesh.patch == 1 else 'patches'} = {mesh.size} {'rank' if mesh.size == 1 else 'ranks'}; "
-        f"split by {plan.partition.axis.value}; policy {plan.policy.name}"
+        f"split by {_cut(plan)}; policy {plan.policy.name}"
     )
     for line in patch_map(plan):
         out.print(f"  {line}", markup=False)
@@ -71,20 +73,30 @@ def show_plan(plan: Plan) -> None:
     out.print(_exchanges(plan))
 
 
+def _cut(plan: Plan) -> str:
+    axis = plan.partition.axis
+    return "rows and columns in turn" if axis is SplitAxis.ALTERNATE else axis.value
+
+
 def patch_map(plan: Plan) -> list[str]:
-    """The latent in small: each character is the place of the patch that owns the spot."""
+    """The latent in small: each character is the place of the patch that owns the spot; of each turn, side by side."""
+    maps = [_map_of(plan, patches) for patches in plan.partition.turns]
+    return ["   ".join(line) for line in zip(*maps, strict=True)]
+
+
+def _map_of(plan: Plan, patches: Sequence[Rect]) -> list[str]:
     rows, cols = plan.latent.rows.size, plan.latent.cols.size
     down, across = min(MAP_ROWS, rows), min(MAP_COLS, cols)
     lines = []
     for y in range(down):
         row = (2 * y + 1) * rows // (2 * down)
         spots = [(row, (2 * x + 1) * cols // (2 * across)) for x in range(across)]
-        lines.append("".join(_owner(plan, *spot) for spot in spots))
+        lines.append("".join(_owner(patches, *spot) for spot in spots))
     return lines
 
 
-def _owner(plan: Plan, row: int, col: int) -> str:
-    for place, patch in enumerate(plan.partition.patches):
+def _owner(patches: Sequence[Rect], row: int, col: int) -> str:
+    for place, patch in enumerate(patches):
         if patch.rows.start <= row < patch.rows.stop and patch.cols.start <= col < patch.cols.stop:
             return DIGITS[place % len(DIGITS)]
     raise AssertionError(f"no patch owns {row}, {col}")
@@ -96,14 +108,14 @@ def _ranks(plan: Plan) -> Table:
     )
     for rank in range(plan.mesh.size):
         place = plan.mesh.patch_of(rank)
-        patch = plan.partition.patches[place]
+        seen = [patches[place] for patches in plan.partition.turns]
         branch = ("without prompt", "with prompt")[plan.mesh.branch_of(rank)] if plan.mesh.cfg == 2 else "all"
         made.add_row(
             str(rank),
             branch,
             DIGITS[place % len(DIGITS)],
-            f"{patch.rows.start}-{patch.rows.stop}",
-            f"{patch.cols.start}-{patch.cols.stop}",
+            " / ".join(f"{patch.rows.start}-{patch.rows.stop}" for patch in seen),
+            " / ".join(f"{patch.cols.start}-{patch.cols.stop}" for patch in seen),
             scaled(plan.macs_per_device[rank]),
             scaled(plan.bytes_received_per_step[rank], "B"),
         )

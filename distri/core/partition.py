@@ -22,17 +22,35 @@ class SplitAxis(str, Enum):
     ROWS = "rows"
     COLS = "cols"
     GRID = "grid"
+    ALTERNATE = "alternate"
+
+
+FIXED_AXES = (SplitAxis.ROWS, SplitAxis.COLS, SplitAxis.GRID)
+"""Those whose patches stay where they are from step to step, so that a value of the last step is still of use."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The patches of a latent, by place in the split."""
+    """The patches of a latent, by place in the split.
+
+    turned: the patches of every second step (1, 3, ...), where they are others than `patches`; else empty.
+    """
 
     axis: SplitAxis
     patches: tuple[Rect, ...]
+    turned: tuple[Rect, ...] = ()
 
     def __len__(self) -> int:
         return len(self.patches)
+
+    @property
+    def turns(self) -> tuple[tuple[Rect, ...], ...]:
+        """The patches of step 0 and, where those of step 1 are others, of step 1; from there on in turn."""
+        return (self.patches, self.turned) if self.turned else (self.patches,)
+
+    def at_step(self, step: int) -> tuple[Rect, ...]:
+        """The patches of one step."""
+        return self.turns[step % len(self.turns)]
 
     def at_level(self, level: int) -> tuple[Rect, ...]:
         """The rectangles of all patches as a layer at `level` sees them."""
@@ -151,20 +169,27 @@ def make_partition(
 ) -> Partition:
     """Split a latent of `rows` x `cols` into `parts` patches.
 
-    `weights` makes bands uneven (rows or columns only); `grid` is (row bands, column bands) for `SplitAxis.GRID`.
+    `weights` makes bands uneven (rows or columns only); `grid` is (row bands, column bands) for `SplitAxis.GRID`;
+    `SplitAxis.ALTERNATE` is rows at the even steps and columns at the odd ones.
 
     Raises:
         PartitionError: the split is impossible, or weights do not fit it.
     """
     if weights is not None:
-        if axis is SplitAxis.GRID:
-            raise PartitionError("band weights go with a split by rows or by columns, not with a grid")
+        if axis not in (SplitAxis.ROWS, SplitAxis.COLS):
+            other = "a grid" if axis is SplitAxis.GRID else "one that alternates"
+            raise PartitionError(f"band weights go with a split by rows or by columns, not with {other}")
         if len(weights) != parts:
             raise PartitionError(
                 f"{len(weights)} band weights were given for {parts} patches; give one for each"
             )
         if any(weight <= 0 for weight in weights):
             raise PartitionError("band weights must be positive")
+    if axis is SplitAxis.ALTERNATE:
+        by_rows, by_cols = (
+            make_partition(rows, cols, parts, of, grain) for of in (SplitAxis.ROWS, SplitAxis.COLS)
+        )
+        return Partition(axis, by_rows.patches, by_cols.patches if parts > 1 else ())
     down, across = grid or grid_of(parts)
     if axis is not SplitAxis.GRID:
         down, across = (parts, 1) if axis is SplitAxis.ROWS else (1, parts)

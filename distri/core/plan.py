@@ -7,6 +7,7 @@ and `distri.core.verify` recomputes each of them, so that nobody can change one 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from distri.core.codec import Codec
@@ -17,7 +18,7 @@ from distri.core.policy import ExchangeKind, Phase, Policy, PolicyTable, Reach
 from distri.core.refresh import RefreshRule
 from distri.core.shape import Extent, Rect, full_rect
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,18 @@ class Plan:
             for phase in Phase
         )
 
-    def extent(self, patch: int, text: int = 77) -> Extent:
+    @property
+    def turns(self) -> tuple[Plan, ...]:
+        """This plan as it is at step 0, 1, ... if each step's patches stayed: one, or two whose steps take turns."""
+        partition = self.partition
+        if not partition.turned:
+            return (self,)
+        fixed = (Partition(partition.axis, patches) for patches in partition.turns)
+        return tuple(dataclasses.replace(self, partition=partition) for partition in fixed)
+
+    def extent(self, patch: int, text: int = 77, step: int = 0) -> Extent:
         """What one rank's forward pass sees."""
-        return Extent(self.batch_per_rank, text, self.partition.patches[patch])
+        return Extent(self.batch_per_rank, text, self.partition.at_step(step)[patch])
 
     @property
     def by_layer(self) -> dict[str, Exchange]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
@@ -27,9 +28,14 @@ from distri.core.plan import (
 from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, PolicyTable, policy_table
 from distri.core.refresh import RefreshRule
 from distri.core.shape import Extent, ceil_div
+from distri.core.staleness import phase_of
 from distri.errors import PlanError
 
 TEXT_TOKENS = 77
+PATCHES_MOVE = (
+    "split 'alternate' moves every patch at every step, so no layer can use what another rank sent: "
+    "use it with --policy naive_patch"
+)
 SENDS_NOTHING = (Policy.LOCAL, Policy.FROZEN)
 
 
@@ -78,7 +84,15 @@ def make_plan(request: PlanRequest, graph: LayerGraph) -> Plan:
         request.policy, request.pattern, latent_layers(graph), (), (), (), (),
     )  # fmt: skip
     exchanges = _bucketed(list_exchanges(draft, graph), request.layers_per_bucket)
-    return sealed(dataclasses.replace(draft, exchanges=exchanges), graph)
+    full = dataclasses.replace(draft, exchanges=exchanges)
+    if moves_what_is_kept(full):
+        raise PlanError(PATCHES_MOVE)
+    return sealed(full, graph)
+
+
+def moves_what_is_kept(plan: Plan) -> bool:
+    """Whether patches move from step to step although their layers exchange values, which then lie elsewhere."""
+    return bool(plan.partition.turned) and plan.is_attached
 
 
 def sealed(plan: Plan, graph: LayerGraph) -> Plan:
@@ -269,9 +283,10 @@ def reception(
     parts = plan.mesh.patch
     sources: list[list[int]] = [[] for _ in range(parts)]
     elements, sizes = [0] * parts, [0] * parts
-    for message in traffic.messages_of(exchange, plan.partition.patches):
+    turns = plan.partition.turns
+    for message in (message for patches in turns for message in traffic.messages_of(exchange, patches)):
         sources[message.reader].append(message.source)
-        period = traffic.steps_between(exchange, message)
+        period = traffic.steps_between(exchange, message) * len(turns)
         elements[message.reader] += ceil_div(message.elements, period)
         sizes[message.reader] += ceil_div(traffic.message_bytes(exchange, message), period)
     if exchange.kind is ExchangeKind.OUTPUT and plan.mesh.cfg == 2:
@@ -303,11 +318,12 @@ def macs_per_device(plan: Plan, graph: LayerGraph) -> tuple[int, ...]:
     whole = Extent(plan.batch_per_rank, TEXT_TOKENS, plan.latent)
     per_patch = []
     for patch in range(plan.mesh.patch):
-        own = plan.extent(patch)
-        total = 0
-        for phase, count in ((Phase.WARMUP, plan.warmup_steps), (Phase.STEADY, steps - plan.warmup_steps)):
-            if count:
-                total += count * _step_macs(plan, graph, own, whole, phase)
+        kinds = Counter(
+            (plan.extent(patch, step=step), phase_of(step, plan.warmup_steps)) for step in range(steps)
+        )
+        total = sum(
+            count * _step_macs(plan, graph, own, whole, phase) for (own, phase), count in kinds.items()
+        )
         per_patch.append(total - (steps - 1) * once)
     return tuple(per_patch[plan.mesh.patch_of(rank)] for rank in range(plan.mesh.size))
 

@@ -13,8 +13,10 @@ from distri.core.graph import LayerGraph
 from distri.core.partition import check_image_size
 from distri.core.plan import DTYPE_BYTES, SCHEMA_VERSION, Exchange, Plan
 from distri.core.planner import (
+    PATCHES_MOVE,
     list_exchanges,
     macs_per_device,
+    moves_what_is_kept,
     plan_hash,
     received_per_step,
     reception,
@@ -22,6 +24,7 @@ from distri.core.planner import (
 )
 from distri.core.policy import READS_LATE, ExchangeKind, Phase
 from distri.core.program import InstructionKind, is_published, step_program, travels_in_bucket
+from distri.core.shape import Rect
 from distri.errors import PartitionError, PlanError
 
 Rule = Callable[[Plan], Iterator[str]]
@@ -96,8 +99,14 @@ def request_is_possible(plan: Plan) -> Iterator[str]:
 
 
 def patches_tile(plan: Plan) -> Iterator[str]:
-    """The patches cover the latent exactly once and their borders are aligned."""
-    patches = plan.partition.patches
+    """At every step the patches cover the latent exactly once and their borders are aligned; if they move, alone."""
+    for patches in plan.partition.turns:
+        yield from _tile(plan, patches)
+    if moves_what_is_kept(plan):
+        yield PATCHES_MOVE
+
+
+def _tile(plan: Plan, patches: tuple[Rect, ...]) -> Iterator[str]:
     if len(patches) != plan.mesh.patch:
         yield f"{len(patches)} patches for a mesh of {plan.mesh.patch}"
     if any(patch.area == 0 or patch.intersect(plan.latent) != patch for patch in patches):

@@ -106,7 +106,7 @@ def level_of_activation(value_BCHW: Tensor, plan: Plan) -> int:
 
 def arguments_of_rank(arguments: Mapping[str, Any], plan: Plan, context: RankContext) -> dict[str, Any]:
     """The arguments with which one rank calls the unmodified forward."""
-    patch = plan.partition.patches[context.patch]
+    patch = context.patches[context.patch]
     own: dict[str, Any] = {}
     for name, value in arguments.items():
         half = branch_of(value, plan, context, name)

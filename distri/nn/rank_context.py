@@ -29,8 +29,8 @@ class RankContext:
 
     @property
     def patches(self) -> tuple[Rect, ...]:
-        """All patches, as rectangles of the latent."""
-        return self.exchanger.plan.partition.patches
+        """All patches of the current step, as rectangles of the latent."""
+        return self.exchanger.plan.partition.at_step(self.exchanger.step)
 
     @property
     def patch(self) -> int:

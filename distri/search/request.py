@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from distri.core.partition import SplitAxis
+from distri.core.partition import FIXED_AXES, SplitAxis
 from distri.core.plan import ImageRequest
 from distri.errors import PlanError
 
@@ -50,7 +50,7 @@ class Risk(str, Enum):
 class Limits:
     """How far the search looks. The defaults are what `distri plan` uses; tests look at smaller spaces."""
 
-    axes: tuple[SplitAxis, ...] = (SplitAxis.ROWS, SplitAxis.COLS, SplitAxis.GRID)
+    axes: tuple[SplitAxis, ...] = FIXED_AXES
     warmup_steps: tuple[int, ...] = (5, 6, 8, 10, 15)
     layers_per_bucket: tuple[int, ...] = (8, 20, 60, ALL)
     has_deep_rules: bool = True

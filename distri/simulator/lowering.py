@@ -10,8 +10,10 @@ Steps that have the same program share a template: an SDXL run of fifty steps ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -79,7 +81,7 @@ class Lowering:
 
     def lower(self, plan: Plan) -> TaskList:
         """The tasks of a whole run."""
-        return PlanLowering(self, plan).lower()
+        return _in_turn([PlanLowering(self, turn).lower() for turn in plan.turns])
 
     def latency_ns(self, plan: Plan) -> int:
         """Tier 2's answer for a plan, by the quickest way: for searches. The plan's hash and sums are not read."""
@@ -111,6 +113,19 @@ class Lowering:
             CtaPolicy.COPY_ENGINE: 0.0,
         }[self.options.cta_policy]
         return round(PARTS * table.compute_slowdown.value * share)
+
+
+def _in_turn(runs: Sequence[TaskList]) -> TaskList:
+    """One run whose steps are taken from each of `runs` in turn."""
+    if len(runs) == 1:
+        return runs[0]
+    firsts = list(accumulate((len(run.templates) for run in runs), initial=0))
+    steps = tuple(
+        firsts[step % len(runs)] + runs[step % len(runs)].steps[step] for step in range(len(runs[0].steps))
+    )
+    return dataclasses.replace(
+        runs[0], templates=tuple(t for run in runs for t in run.templates), steps=steps
+    )
 
 
 def layers_of(plan: Plan) -> Layers:

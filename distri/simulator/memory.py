@@ -79,8 +79,9 @@ def memory_of(
     for rank in range(plan.mesh.size):
         patch = plan.mesh.patch_of(rank)
         if patch not in known:
-            own = Extent(plan.batch_per_rank, TEXT_TOKENS, plan.latent) if split else plan.extent(patch)
-            activations, layer = peak_activations(plan, graph, own, split)
+            whole = Extent(plan.batch_per_rank, TEXT_TOKENS, plan.latent)
+            seen = [whole] if split else [turn.extent(patch) for turn in plan.turns]
+            activations, layer = max(peak_activations(plan, graph, own, split) for own in seen)
             known[patch] = (activations, layer, 0 if split else stale_bytes(plan, graph, patch))
         activations, layer, stale = known[patch]
         device = cluster.model_of(rank)
@@ -152,7 +153,8 @@ def held_at(plan: Plan, graph: LayerGraph, cluster: Cluster) -> dict[int, tuple[
     for rank, use in enumerate(memory_of(plan, graph, cluster)):
         patch = plan.mesh.patch_of(rank)
         if patch not in by_patch:
-            by_patch[patch] = activations_at(plan, graph, plan.extent(patch))
+            turns = [activations_at(plan, graph, turn.extent(patch)) for turn in plan.turns]
+            by_patch[patch] = tuple(max(living) for living in zip(*turns, strict=True))
         found[rank] = tuple(use.total - use.activations + living for living in by_patch[patch])
     return found
 

@@ -34,6 +34,7 @@ def plans_for(num_ranks: int):
     _, graph = toy()
     plans = [toy_plan(graph, num_ranks, policy=policy, warmup_steps=2, steps=6) for policy in POLICIES]
     plans.append(toy_plan(graph, num_ranks, axis=SplitAxis.COLS, steps=5))
+    plans.append(toy_plan(graph, num_ranks, policy="naive_patch", axis=SplitAxis.ALTERNATE, steps=5))
     weights = tuple(Fraction(part + 1) for part in range(num_ranks))
     plans.append(toy_plan(graph, num_ranks, weights=weights, steps=5))
     plans.append(toy_plan(graph, num_ranks, steps=5, layers_per_bucket=2))

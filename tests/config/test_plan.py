@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distri.config.plan import dump_plan, load_plan, parse_plan
-from distri.core.partition import SplitAxis
+from distri.core.partition import FIXED_AXES
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import ExchangeKind, Phase, Policy, PolicyRule, builtin_tables, policy_table
@@ -24,7 +24,7 @@ def plan_for(request: PlanRequest) -> Plan:
 
 
 REQUESTS = [PlanRequest(IMAGE, 3, policy=policy_table(name)) for name in builtin_tables()]
-REQUESTS += [PlanRequest(IMAGE, ranks, axis=axis) for ranks in (1, 4) for axis in SplitAxis]
+REQUESTS += [PlanRequest(IMAGE, ranks, axis=axis) for ranks in (1, 4) for axis in FIXED_AXES]
 REQUESTS += [
     PlanRequest(ImageRequest(520, 264, 9, False), 3, weights=(Fraction(3), Fraction(1, 3), Fraction(2)))
 ]
@@ -54,8 +54,8 @@ def edited(change: Callable[[dict[str, Any]], None]) -> str:
 
 
 EDITS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda b: b.update(schema_version=2), "this one is of schema 2"),
-    (lambda b: b.update(schema_version="1"), "this one is of schema '1'"),
+    (lambda b: b.update(schema_version=1), "this one is of schema 1"),
+    (lambda b: b.update(schema_version="2"), "this one is of schema '2'"),
     (lambda b: b.pop("schema_version"), "a JSON object with a schema_version is required"),
     (lambda b: b.pop("hash"), "hash"),
     (lambda b: b.pop("mesh"), "not a plan: mesh: Field required"),

@@ -12,6 +12,7 @@ import distri
 from distri.core.partition import SplitAxis
 from distri.core.policy import ExchangeKind, Phase, Policy, builtin_tables, policy_table
 from distri.core.program import InstructionKind, step_program
+from distri.errors import PlanError
 from tests.toys import ToyShape, inputs_of, run_in_process, run_single, toy, toy_plan
 
 FRESH, STALE, LOCAL, FROZEN = Policy.FRESH, Policy.STALE, Policy.LOCAL, Policy.FROZEN
@@ -98,12 +99,31 @@ def test_sync_gn_has_the_true_moments_at_every_step() -> None:
 @pytest.mark.parametrize("axis", list(SplitAxis))
 @torch.no_grad()
 def test_naive_patch_draws_each_patch_as_a_picture_of_its_own(axis: SplitAxis) -> None:
-    """By rows, by columns, or both: the unmodified model on what is cut out."""
+    """By rows, by columns, both, or by turns: the unmodified model on what is cut out."""
     model, graph = toy()
-    plan = toy_plan(graph, 4, policy="naive_patch", axis=axis, steps=2)
+    plan = toy_plan(graph, 4, policy="naive_patch", axis=axis, steps=3)
     for step, ours in enumerate(run_in_process(model, plan)):
         given = inputs_of(plan, step)
-        for patch in plan.partition.patches:
+        for patch in plan.partition.at_step(step):
             place = (..., slice(*patch.rows), slice(*patch.cols))
             alone = model(**{**given, "sample": given["sample"][place]})[0]
             assert torch.allclose(ours[place], alone, atol=1e-5)
+
+
+def test_alternate_is_rows_at_even_steps_and_columns_at_odd_ones() -> None:
+    _, graph = toy()
+    rows, cols, both = (
+        toy_plan(graph, 4, policy="naive_patch", axis=axis, steps=5)
+        for axis in (SplitAxis.ROWS, SplitAxis.COLS, SplitAxis.ALTERNATE)
+    )
+    patches = [both.partition.at_step(step) for step in range(5)]
+    assert patches == [(rows, cols)[step % 2].partition.patches for step in range(5)]
+    per_step = [(r // 5, c // 5) for r, c in zip(rows.macs_per_device, cols.macs_per_device, strict=True)]
+    assert both.macs_per_device == tuple(3 * r + 2 * c for r, c in per_step)
+
+
+@pytest.mark.parametrize("policy", ["corrected", "fresh", "no_sync", "separate_gn"])
+def test_patches_that_move_go_with_no_policy_that_exchanges_anything(policy: str) -> None:
+    _, graph = toy()
+    with pytest.raises(PlanError, match="use it with --policy naive_patch"):
+        toy_plan(graph, 4, policy=policy, axis=SplitAxis.ALTERNATE)

@@ -24,16 +24,18 @@ def test_patches_cover_every_position_exactly_once_and_are_aligned(
         partition = make_partition(rows, cols, parts, axis, Grain(alignment, "deep"))
     except PartitionError:
         assume(False)
-    owners = [[0] * cols for _ in range(rows)]
-    for patch in partition.patches:
-        assert patch.area > 0
-        for row in range(*patch.rows):
-            for col in range(*patch.cols):
-                owners[row][col] += 1
-        for band, size in ((patch.rows, rows), (patch.cols, cols)):
-            assert band.start % alignment == 0
-            assert band.stop % alignment == 0 or band.stop == size
-    assert all(count == 1 for line in owners for count in line)
+    for patches in partition.turns:
+        assert len(patches) == parts
+        owners = [[0] * cols for _ in range(rows)]
+        for patch in patches:
+            assert patch.area > 0
+            for row in range(*patch.rows):
+                for col in range(*patch.cols):
+                    owners[row][col] += 1
+            for band, size in ((patch.rows, rows), (patch.cols, cols)):
+                assert band.start % alignment == 0
+                assert band.stop % alignment == 0 or band.stop == size
+        assert all(count == 1 for line in owners for count in line)
 
 
 @given(size=SIZES, weights=st.lists(WEIGHTS, min_size=1, max_size=8), alignment=ALIGNMENTS)

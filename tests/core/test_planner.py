@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 
 from distri.core.graph import LayerGraph
-from distri.core.partition import SplitAxis
+from distri.core.partition import FIXED_AXES, SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import ExchangeKind, Policy, builtin_tables, policy_table
@@ -55,7 +55,8 @@ def test_displaced_ranks_do_what_one_device_does_but_project_the_text_once(sdxl:
 
 
 CASES = [("rows", name, 3) for name in builtin_tables()]
-CASES += [(axis.value, "corrected", ranks) for axis in SplitAxis for ranks in (1, 2, 5, 8)]
+CASES += [(axis.value, "corrected", ranks) for axis in FIXED_AXES for ranks in (1, 2, 5, 8)]
+CASES += [("alternate", "naive_patch", ranks) for ranks in (1, 2, 5, 8)]
 
 
 @pytest.mark.parametrize(("split", "name", "ranks"), CASES)

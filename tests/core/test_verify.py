@@ -97,6 +97,15 @@ def test_overlapping_patches_are_found_even_if_their_areas_add_up(plan: Plan) ->
         verify(resealed(plan, partition=partition))
 
 
+def test_patches_of_odd_steps_are_verified_as_those_of_even_ones(plan: Plan, demo: LayerGraph) -> None:
+    short = dataclasses.replace(plan.partition, turned=bands(0, 16, 32, 48, 60).patches)
+    with pytest.raises(PlanError, match="do not tile the latent exactly once"):
+        verify(resealed(plan, partition=short))
+    moved = dataclasses.replace(plan.partition, turned=bands(0, 20, 32, 48, 64).patches)
+    with pytest.raises(PlanError, match="moves every patch at every step"):
+        verify(resealed(plan, partition=moved))
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "sentence"),
     [

@@ -4,12 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distri.core.plan import Plan
-from distri.core.policy import ExchangeKind, Phase
+from distri.core.partition import SplitAxis
+from distri.core.plan import ImageRequest, Plan
+from distri.core.planner import PlanRequest, make_plan
+from distri.core.policy import ExchangeKind, Phase, policy_table
 from distri.core.program import InstructionKind, step_program
 from distri.core.refresh import RefreshRule
 from distri.simulator.longest_path import run_longest_path
 from distri.simulator.lowering import Lowering, PlanLowering, phases_of, serving_of
+from distri.simulator.memory import memory_of
 from distri.simulator.options import CtaPolicy, SimulationOptions
 from distri.simulator.steps import WaitKind
 from distri.simulator.tasks import Compute, Post, Wait
@@ -191,3 +194,21 @@ def test_what_was_kept_from_other_plans_changes_no_answer(policy: str) -> None:
             assert (
                 lowering.latency_ns(plan) == run_longest_path(fresh.lower(plan), is_periodic=False).total_ns
             )
+
+
+def test_steps_whose_patches_take_turns_cost_what_each_costs_by_itself() -> None:
+    graph, lowering = graph_of(), lowering_of()
+
+    def plan_by(axis: SplitAxis) -> Plan:
+        image = ImageRequest(512, 768, 5)
+        request = PlanRequest(image, 3, False, policy_table("naive_patch"), axis=axis, dtype="float16")
+        return make_plan(request, graph)
+
+    rows, cols, both = (plan_by(axis) for axis in (SplitAxis.ROWS, SplitAxis.COLS, SplitAxis.ALTERNATE))
+    per_step = [run_longest_path(lowering.lower(plan)).total_ns // 5 for plan in (rows, cols)]
+    assert per_step[0] != per_step[1]
+    assert run_longest_path(lowering.lower(both)).total_ns == 3 * per_step[0] + 2 * per_step[1]
+    held = [
+        [use.activations for use in memory_of(plan, graph, lowering.cluster)] for plan in (rows, cols, both)
+    ]
+    assert held[2] == [max(pair) for pair in zip(held[0], held[1], strict=True)]

@@ -22,6 +22,7 @@ from distri.backends.torch_distributed.wire import Addressed, Parcel, Wire
 from distri.core.buffers import VersionedBuffer
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
+from distri.core.shape import Rect
 from distri.core.staleness import check_version, version_from
 from distri.errors import RunError, ScheduleMismatchError
 
@@ -105,7 +106,7 @@ class TorchTransport:
         self._share_users: dict[tuple[str, int], Ticket] = {}
         self._placed: dict[str, int] = {}
         self._gather: Ticket | None = None
-        self._output: _Output | None = None
+        self._outputs: dict[tuple[Rect, ...], _Output] = {}
 
     @property
     def position(self) -> str:
@@ -182,9 +183,10 @@ class TorchTransport:
             self._flush(bucket)
         if self.plan.mesh.size == 1:
             return [own]
-        if self._output is None:
-            self._output = _Output(self.plan, self.rank, own, self.device)
-        output = self._output
+        patches = self.plan.partition.at_step(version)
+        if patches not in self._outputs:
+            self._outputs[patches] = _Output(self.plan, patches, self.rank, own, self.device)
+        output = self._outputs[patches]
         if isinstance(self._gather, StreamTicket):
             self._gather.wait_on_host(self._links.alarm, self._links.timeout_s)
         output.pack(own, self.who)
@@ -298,13 +300,15 @@ class TorchTransport:
 class _Output:
     """Buffers of the gather: each rank's patch of the result, for both guidance branches."""
 
-    def __init__(self, plan: Plan, rank: int, own: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, patches: tuple[Rect, ...], rank: int, own: Tensor, device: torch.device
+    ) -> None:
         self._rank = rank
         batch, channels = own.shape[:2]
         with torch.inference_mode(False):
             self._patches = [
                 torch.zeros((batch, channels, p.rows.size, p.cols.size), dtype=own.dtype, device=device)
-                for p in (plan.partition.patches[plan.mesh.patch_of(r)] for r in range(plan.mesh.size))
+                for p in (patches[plan.mesh.patch_of(r)] for r in range(plan.mesh.size))
             ]
         others = [r for r in range(plan.mesh.size) if r != rank]
         self.sends: list[Addressed] = [(self._patches[rank], r) for r in others]
