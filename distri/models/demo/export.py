@@ -1,4 +1,4 @@
-"""Put the trained parts into one folder that `StableDiffusionXLPipeline.from_pretrained` reads, in half precision."""
+"""The trained parts as one folder for `StableDiffusionXLPipeline.from_pretrained`, in half precision; and back."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ from diffusers import StableDiffusionXLPipeline
 
 from distri.models.demo.text import TextEncoders
 from distri.models.demo.tokens import write_plain_files
-from distri.models.demo.unet import build_scheduler, build_unet
+from distri.models.demo.training import save_atomically
+from distri.models.demo.unet import START, build_scheduler, build_unet
 from distri.models.demo.vae import build_vae
 
 
@@ -35,3 +36,16 @@ def export(folder: Path, destination: Path) -> None:
     build_pipeline(folder).to(dtype=torch.float16).save_pretrained(destination, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2"):
         write_plain_files(destination / name)
+
+
+def take_apart(source: Path, folder: Path) -> None:
+    """Write the weights of the checkpoint at `source` to where training goes on from, unless it already does."""
+    if (folder / START).exists():
+        return
+    pipeline = StableDiffusionXLPipeline.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+    encoders = TextEncoders()
+    encoders.one.load_state_dict(pipeline.text_encoder.state_dict())
+    encoders.two.load_state_dict(pipeline.text_encoder_2.state_dict())
+    save_atomically(pipeline.vae.state_dict(), folder / "vae.pt")
+    save_atomically(encoders.state_dict(), folder / "text.pt")
+    save_atomically(pipeline.unet.state_dict(), folder / START)

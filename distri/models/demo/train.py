@@ -21,6 +21,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--stage", choices=STAGES, action="append", help="run this stage only (may be repeated)"
     )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        help="begin the denoiser and the decoder with those of this checkpoint, and leave the rest as it is there",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vae-minutes", type=float, default=12.0)
     parser.add_argument("--text-minutes", type=float, default=8.0)
@@ -30,7 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     torch.set_num_threads(flags.threads)
     flags.out.mkdir(parents=True, exist_ok=True)
-    for stage in flags.stage or STAGES:
+    if flags.source is not None:
+        from distri.models.demo.export import take_apart
+
+        take_apart(flags.source, flags.out)
+    for stage in flags.stage or (STAGES if flags.source is None else STAGES[2:]):
         if stage == "vae":
             from distri.models.demo.vae import train_vae
 

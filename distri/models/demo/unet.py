@@ -40,6 +40,10 @@ _TIME_SHARES = (
 )
 _PIXELS_PER_BATCH = 10 * 256 * 256
 _LARGEST_BATCH = 28
+_RATE, _RATE_OF_MORE = 8e-4, 5e-4
+
+START = "unet_start.pt"
+"""Weights that the training of a denoiser begins with, in its folder; without the file it begins with random ones."""
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -133,7 +137,8 @@ def _load_frozen(folder: Path) -> tuple[AutoencoderKL, TextEncoders]:
 def train_unet(folder: Path, seconds: float, peer: int = 0) -> None:
     """Train for `seconds` as process `peer` of those that share the gradients.
 
-    The running mean of the weights is written to `unet.pt` in `folder` every 250 steps.
+    The running mean of the weights is written to `unet.pt` in `folder` every 250 steps. From `START` on, pictures are
+    at once as large as they are at the end of a whole training, and the learning rate is lower.
     """
     torch.manual_seed(2)
     vae, encoders = _load_frozen(folder)
@@ -141,8 +146,12 @@ def train_unet(folder: Path, seconds: float, peer: int = 0) -> None:
     unet.set_attn_processor(
         AttnProcessor()
     )  # plain products: half the time of the fused kernel for heads this small
+    is_more = (folder / START).exists()
+    if is_more:
+        unet.load_state_dict(torch.load(folder / START, weights_only=True))
     mean.load_state_dict(unet.state_dict())
-    stage = Stage(folder / "unet_state.pt", {"unet": unet, "mean": mean}, rate=8e-4, seconds=seconds)
+    rate = _RATE_OF_MORE if is_more else _RATE
+    stage = Stage(folder / "unet_state.pt", {"unet": unet, "mean": mean}, rate=rate, seconds=seconds)
     seed = 1000 + stage.num_steps
     same_rng = np.random.default_rng(seed)
     rng = np.random.default_rng([seed, peer])
@@ -151,7 +160,7 @@ def train_unet(folder: Path, seconds: float, peer: int = 0) -> None:
     ours, theirs = list(unet.parameters()), list(mean.parameters())
 
     def step(progress: float) -> Tensor:
-        index = _pick_size(progress, same_rng)
+        index = _pick_size(1.0 if is_more else progress, same_rng)
         height, width = SIZES[index]
         z_B4hw, sentences = banks[index].draw(min(_LARGEST_BATCH, _PIXELS_PER_BATCH // (height * width)))
         kept = ["" if rng.random() < _DROP_WORDS else sentence for sentence in sentences]
