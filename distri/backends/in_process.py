@@ -82,6 +82,9 @@ class InProcessTransport:
         """Forget every value; a session calls this for all ranks before any of them starts."""
         self._mailboxes.clear()
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> None:
+        """None: a value stays where its layer made it."""
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Publish at once: buckets save messages, and there are none here."""
         self._mailboxes.put((self._branch, exchange.layer, self._patch), version, parts)

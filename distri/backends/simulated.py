@@ -82,6 +82,9 @@ class _Clocked:
         self._clock.begin_image()
         self._values.begin_image()
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> Any:
+        return self._values.place(exchange, version, bucket)
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[Any], bucket: int | None) -> None:
         self._values.send(exchange, version, parts, bucket)
 

@@ -64,6 +64,9 @@ class GatherAllTransport:
         self._open.clear()
         self._output.begin_image()
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> None:
+        """None: values are flattened into one message."""
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Put a value beside the others of its bucket; the last one starts the all-gather."""
         if parts and exchange.kind is not ExchangeKind.MOMENTS:

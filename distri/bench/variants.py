@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from distri.core.graph import LayerGraph
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
-from distri.core.planner import PlanRequest, make_plan
+from distri.core.planner import LAYERS_PER_BUCKET, PlanRequest, make_plan
 from distri.core.policy import policy_table
 from distri.errors import UserError
 
@@ -31,6 +31,7 @@ class BenchRequest:
     steps: int = 3
     dtype: str = "float32"
     split: SplitAxis = SplitAxis.ROWS
+    layers_per_bucket: int = LAYERS_PER_BUCKET
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ def _variant(request: BenchRequest, graph: LayerGraph, mode: str) -> Variant:
             warmup_steps=WARMUP,
             axis=request.split,
             dtype=request.dtype,
+            layers_per_bucket=request.layers_per_bucket,
             pattern="gather_all" if mode == GATHER_ALL else "neighbours",
         ),
         graph,

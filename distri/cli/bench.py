@@ -13,6 +13,7 @@ from distri.cli.options import RUN_DTYPES, image_size_of, json_option, model_opt
 from distri.cli.output import check_text_output, print_json, write_text
 from distri.cli.render import console, progress_bar, scaled, show_result, table
 from distri.core.partition import FIXED_AXES, SplitAxis
+from distri.core.planner import LAYERS_PER_BUCKET
 from distri.errors import OutputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
     default=SplitAxis.ROWS.value,
     show_default=True,
     help="How the image is cut.",
+)
+@click.option(
+    "--layers-per-bucket",
+    type=click.IntRange(min=1),
+    default=LAYERS_PER_BUCKET,
+    show_default=True,
+    help="Late exchanges in one message.",
 )
 @click.option("--dtype", type=click.Choice(RUN_DTYPES), help="Default: the model's own.")
 @click.option(
@@ -83,7 +91,7 @@ def _compare(flags: dict[str, Any]) -> None:
     dtype = flags["dtype"] or defaults(flags["model"]).dtype
     request = BenchRequest(
         flags["model"], height, width, flags["gpus"], modes, flags["rounds"], flags["steps"], dtype,
-        SplitAxis(flags["split"]),
+        SplitAxis(flags["split"]), flags["layers_per_bucket"],
     )  # fmt: skip
     variants = variants_of(request, load_graph(request.model))
     with progress_bar("measuring", executor.is_writer()) as progress:
@@ -119,8 +127,10 @@ def _compare(flags: dict[str, Any]) -> None:
 
 
 def _command(flags: dict[str, Any]) -> str:
-    names = ("model", "height", "width", "gpus", "modes", "rounds", "steps", "split", "dtype")
-    given = [f"--{name} {flags[name]}" for name in names if flags[name]]
+    names = (
+        "model", "height", "width", "gpus", "modes", "rounds", "steps", "split", "layers_per_bucket", "dtype",
+    )  # fmt: skip
+    given = [f"--{name.replace('_', '-')} {flags[name]}" for name in names if flags[name]]
     return " ".join(["distri bench", *given])
 
 

@@ -33,6 +33,12 @@ class Transport(Protocol[T]):
     def begin_image(self) -> None:
         """Forget all versions of the last image."""
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> T | None:
+        """Where this rank's keys and values of this version may be written before they are sent; None: nowhere.
+
+        Who writes there sends what it was given: then nothing is copied.
+        """
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[T], bucket: int | None) -> None:
         """Hand over a value; with a bucket it may leave later, with the bucket's last value. Does not block."""
 
@@ -75,6 +81,20 @@ class Exchanger(Generic[T]):
     def exchange_of(self, layer: str) -> Exchange:
         """The plan's entry for a layer."""
         return self._by_layer[layer]
+
+    def is_alone(self, layer: str) -> bool:
+        """Whether the layer neither sends nor reads anything at the current step."""
+        exchange = self._by_layer[layer]
+        is_read = awaited_version(self.plan, exchange, self.step, self.phase) is not None
+        return not is_read and not is_published(self.plan, exchange, self.step, self.phase)
+
+    def place(self, layer: str) -> T | None:
+        """Where a layer may write the keys and values that it publishes next; None: where it likes."""
+        exchange = self._by_layer[layer]
+        if not is_published(self.plan, exchange, self.step, self.phase):
+            return None
+        bucket = travels_in_bucket(self.plan, exchange, self.step, self.phase)
+        return self._transport.place(exchange, self.step, bucket)
 
     def publish(self, layer: str, parts: Sequence[T]) -> None:
         """Hand over this rank's value of the current step.

@@ -32,6 +32,8 @@ from distri.core.staleness import phase_of
 from distri.errors import PlanError
 
 TEXT_TOKENS = 77
+LAYERS_PER_BUCKET = 60
+"""Of late exchanges in one message, unless the search finds another number better: the reference's."""
 PATCHES_MOVE = (
     "split 'alternate' moves every patch at every step, so no layer can use what another rank sent: "
     "use it with --policy naive_patch"
@@ -52,7 +54,7 @@ class PlanRequest:
     weights: tuple[Fraction, ...] | None = None
     grid: tuple[int, int] | None = None
     dtype: str = "float16"
-    layers_per_bucket: int = 60
+    layers_per_bucket: int = LAYERS_PER_BUCKET
     pattern: str = "neighbours"
     refresh: RefreshRule | None = None
 

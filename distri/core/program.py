@@ -1,7 +1,8 @@
 """The program of a step: the four kinds of instruction that every backend performs, in order.
 
     compute   run the operations [first, last) of the layer graph
-    publish   hand this rank's value of one exchange over; its message leaves when its bucket's last value has come
+    publish   hand this rank's value of one exchange over; its message leaves when its bucket's last value has come, or,
+              if that can wait (`held_buckets`), when the next step begins
     await     have the other ranks' values of one exchange, of exactly one version
     gather    have every rank's output
 
@@ -73,6 +74,20 @@ def awaited_version(plan: Plan, exchange: Exchange, step: int, phase: Phase | No
     """The version of the other ranks' values that this step reads; None under `local`. `phase` as above."""
     policy = exchange.policy(phase or phase_of(step, plan.warmup_steps))
     return required_version(policy, step, plan.warmup_steps)
+
+
+def held_buckets(plan: Plan) -> frozenset[int]:
+    """The buckets that leave when the next step begins, not when they are full: those of a step's second half.
+
+    The next step reads them half a step later at the earliest. The output, which everybody waits for, then finds no
+    large message before it on its way.
+    """
+    middle = plan.exchanges[-1].index / 2
+    firsts: dict[int, int] = {}
+    for exchange in plan.exchanges:
+        if exchange.bucket is not None:
+            firsts.setdefault(exchange.bucket, exchange.index)
+    return frozenset(bucket for bucket, index in firsts.items() if index >= middle)
 
 
 def travels_in_bucket(plan: Plan, exchange: Exchange, step: int, phase: Phase | None = None) -> int | None:

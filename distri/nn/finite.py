@@ -29,6 +29,10 @@ class FiniteCheck:
         """Nothing is remembered."""
         self._inner.begin_image()
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> Tensor | None:
+        """The transport's."""
+        return self._inner.place(exchange, version, bucket)
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Send, then look: so the backend knows where this rank stands.
 

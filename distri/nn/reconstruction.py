@@ -45,6 +45,16 @@ class Reconstruction:
         self._far.clear()
         self._inner.begin_image()
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> Tensor | None:
+        """The transport's place, for values that are sent and read as they are."""
+        if (
+            exchange.codec is not Codec.NONE
+            or exchange.steady is Policy.EXTRAPOLATED
+            or exchange.reach is not None
+        ):
+            return None
+        return self._inner.place(exchange, version, bucket)
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Send parts, coded if they travel late."""
         if bucket is not None:

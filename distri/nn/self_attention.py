@@ -33,18 +33,32 @@ class PatchContext:
     def keys(self, project_keys: Projection, project_values: Projection, x_BLD: Tensor) -> Tensor:
         """Keys (B, whole L, D), for this patch's tokens `x_BLD`."""
         context = self._ranks.current()
-        exchanger = context.exchanger
-        projected = (project_keys(x_BLD).transpose(0, 1), project_values(x_BLD).transpose(0, 1))
-        own_LBE = torch.cat(projected, dim=-1)  # contiguous, whatever its parts are
-        exchanger.publish(self._exchange.layer, [own_LBE])
-        whole = exchanger.collect(self._exchange.layer)
-        kv_LBE = own_LBE if whole is None else whole[0]
-        keys_LBD, values_LBD = kv_LBE.chunk(2, dim=-1)
-        context.image_memo[self._slot] = (x_BLD, (values_LBD.transpose(0, 1),))
-        return keys_LBD.transpose(0, 1)
+        exchanger, layer = context.exchanger, self._exchange.layer
+        keys_BLD, values_BLD = project_keys(x_BLD), project_values(x_BLD)
+        if exchanger.is_alone(layer):
+            exchanger.publish(layer, [])
+        else:
+            own_LBE = _side_by_side(keys_BLD, values_BLD, exchanger.place(layer))
+            exchanger.publish(layer, [own_LBE])
+            whole = exchanger.collect(layer)
+            kv_LBE = own_LBE if whole is None else whole[0]
+            keys_BLD, values_BLD = (part_LBD.transpose(0, 1) for part_LBD in kv_LBE.chunk(2, dim=-1))
+        context.image_memo[self._slot] = (x_BLD, (values_BLD,))
+        return keys_BLD
 
     def values(self, x_BLD: Tensor) -> Tensor:
         """Values (B, whole L, D) that belong to the keys returned last."""
         source, (values_BLD,) = self._ranks.current().image_memo.pop(self._slot)
         assert source is x_BLD, f"{self._exchange.layer}: values were asked for other tokens than keys"
         return values_BLD
+
+
+def _side_by_side(keys_BLD: Tensor, values_BLD: Tensor, place_LBE: Tensor | None) -> Tensor:
+    """Keys beside values, tokens first and contiguous: in `place_LBE` if that is made for them."""
+    parts_LBD = (keys_BLD.transpose(0, 1), values_BLD.transpose(0, 1))
+    shape = (*parts_LBD[0].shape[:2], keys_BLD.shape[2] + values_BLD.shape[2])
+    if place_LBE is None or place_LBE.shape != shape or place_LBE.dtype != keys_BLD.dtype:
+        return torch.cat(parts_LBD, dim=-1)
+    for place_LBD, part_LBD in zip(place_LBE.chunk(2, dim=-1), parts_LBD, strict=True):
+        place_LBD.copy_(part_LBD.detach())
+    return place_LBE

@@ -1,6 +1,7 @@
 """A transport that answers at once: what a rank does between its messages, and nothing of the messages themselves.
 
-Values are packed as the torch backend packs them (one copy), and what would have arrived is memory that lies ready.
+Values are packed as the torch backend packs them (one copy, keys and values where attention reads them), and what would
+have arrived is memory that lies ready.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
-from distri.core.traffic import messages
+from distri.core.traffic import messages, part_shapes
 
 
 class InstantTransport:
@@ -31,8 +32,16 @@ class InstantTransport:
     def begin_image(self) -> None:
         """Nothing is remembered."""
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> Tensor | None:
+        """This patch's share of what attention reads."""
+        (whole,) = self.receive(exchange, version, ())
+        shapes = part_shapes(exchange, self._plan.partition.patches, self._patch)
+        return torch.split(whole, [shape[0] for shape in shapes])[self._patch]
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
-        """Copy the value to where it would be sent from."""
+        """Copy the value to where it would be sent from, unless it lies there."""
+        if exchange.kind is ExchangeKind.CONTEXT and exchange.layer in self._arrived:
+            return
         if exchange.layer not in self._packed:
             self._packed[exchange.layer] = [torch.empty_like(part) for part in parts]
         for place, part in zip(self._packed[exchange.layer], parts, strict=True):

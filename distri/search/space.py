@@ -18,7 +18,7 @@ from distri.core.codec import Codec
 from distri.core.graph import LayerGraph
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest
-from distri.core.planner import PlanRequest
+from distri.core.planner import LAYERS_PER_BUCKET, PlanRequest
 from distri.core.policy import (
     READS_LATE,
     ExchangeKind,
@@ -105,7 +105,7 @@ class Serving:
 
     structure: Structure
     warmup_steps: int
-    layers_per_bucket: int = 60
+    layers_per_bucket: int = LAYERS_PER_BUCKET
     codec: Codec = Codec.NONE
 
     @property

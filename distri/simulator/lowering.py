@@ -22,7 +22,7 @@ from distri.core.codec import Codec
 from distri.core.graph import LayerGraph
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, Reach
-from distri.core.program import awaited_version, is_published, travels_in_bucket
+from distri.core.program import awaited_version, held_buckets, is_published, travels_in_bucket
 from distri.core.refresh import PhaseControl
 from distri.core.shape import Extent
 from distri.core.staleness import version_from
@@ -162,7 +162,7 @@ class PlanLowering:
         self.phases = phases_of(plan)
         self._servings = tuple(serving_of(exchange) for exchange in plan.exchanges)
         self._rested = {e.reach for e in plan.exchanges if e.reach is not None}
-        self._unfilled = self._find_unfilled() if self.is_reference else frozenset()
+        self._after = self._find_unfilled() if self.is_reference else held_buckets(plan)
 
     def lower(self) -> TaskList:
         """The tasks of the run."""
@@ -257,11 +257,12 @@ class PlanLowering:
             kept[key] = builder.build("warm-up" if self.phases[step] is Phase.WARMUP else "steady")
         return kept[key]
 
-    def is_unfilled(self, bucket: int) -> bool:
-        """Whether the reference sends a bucket only when the step is over, because it never fills up."""
-        return bucket in self._unfilled
+    def leaves_after(self, bucket: int) -> bool:
+        """Whether a bucket is sent only when the step is over."""
+        return bucket in self._after
 
     def _find_unfilled(self) -> frozenset[int]:
+        """The bucket that never fills up: the reference sends it at the end."""
         counts: dict[int, int] = {}
         for exchange in self.plan.exchanges:
             if exchange.bucket is not None:

@@ -1,7 +1,8 @@
 """One step on its way to a template: what is posted and waited for between which kernels.
 
 Calls are posted where their last member is published, waits stand before the operation that reads; kernels between two
-of them are one stretch of time. A bucket that the published implementation never fills leaves when the step is over.
+of them are one stretch of time. Some buckets leave when the step is over: those that `distri.core.program` has wait for
+the next one, and those that the published implementation never fills.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class StepBuilder:
     def _publish(self, exchange: Exchange, decision: Decision) -> None:
         if not decision.is_late or exchange.bucket is None:
             self._post([exchange], None, decision.wait is not WaitKind.OWN_STEP)
-        elif exchange is self._last[exchange.bucket] and not self._lowering.is_unfilled(exchange.bucket):
+        elif exchange is self._last[exchange.bucket] and not self._lowering.leaves_after(exchange.bucket):
             self._post(self._members[exchange.bucket], exchange.bucket, is_late=True)
 
     def _await(self, exchange: Exchange, wait: WaitKind) -> None:
@@ -112,9 +113,9 @@ class StepBuilder:
             self._wait(slot_of(exchange, None), 0)
 
     def _post_rest(self) -> None:
-        """Buckets that the reference never fills leave when the step is over."""
+        """What leaves when the step is over."""
         for bucket, members in self._members.items():
-            if self._lowering.is_unfilled(bucket):
+            if self._lowering.leaves_after(bucket):
                 self._post(members, bucket, is_late=True)
 
     def _post(self, members: list[Exchange], bucket: int | None, is_late: bool) -> None:

@@ -160,6 +160,7 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
     delay = random.Random(backend.rank)
     allocations: list[int] = []
     places: list[list[int]] = []
+    parcels: list[int] = []
     for image in range(case.get("images", 1)):
         oracle = Oracle(plan, image)
         exchanger.begin_image()
@@ -168,6 +169,7 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
             _one_step(plan, exchanger, oracle, step, delay if case.get("delays") else None)
             allocations.append(transport.arena.num_allocations)
             places.append([t.data_ptr() for t in transport.arena.whole.values()])
+            parcels.append(transport.stats.num_parcels)
             report(step)
     backend.close()
     steady = plan.warmup_steps
@@ -175,7 +177,7 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
         "allocations": allocations[steady:],
         "places_stay": all(place == places[steady] for place in places[steady:]),
         "bytes_received": transport.stats.bytes_received,
-        "messages": transport.stats.num_parcels,
+        "messages": parcels,
     }
 
 
@@ -184,15 +186,19 @@ def _one_step(plan: Plan, exchanger: Exchanger[Tensor], oracle: Oracle, step: in
     for exchange in plan.exchanges[:-1]:
         if delay is not None and delay.random() < 0.3:
             time.sleep(delay.random() * 0.01)
-        exchanger.publish(exchange.layer, oracle.sent(exchange, rank, step))
+        sent = oracle.sent(exchange, rank, step)
+        place = (
+            exchanger.place(exchange.layer) if exchange.kind is ExchangeKind.CONTEXT and step % 3 else None
+        )
+        exchanger.publish(exchange.layer, sent if place is None else [place.copy_(sent[0])])
         seen, expected = exchanger.collect(exchange.layer), oracle.seen(exchange, rank, step, exchanger.phase)
-        place = f"rank {rank}: step {step}, {exchange.layer}"
+        where = f"rank {rank}: step {step}, {exchange.layer}"
         if seen is None or expected is None:
-            assert seen is None, place
-            assert expected is None, place
+            assert seen is None, where
+            assert expected is None, where
             continue
-        assert len(seen) == len(expected), place
-        assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True)), place
+        assert len(seen) == len(expected), where
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True)), where
     output = plan.exchanges[-1]
     gathered = exchanger.gather(oracle.made(output, rank, step))
     assert all(torch.equal(t, oracle.made(output, r, step)) for r, t in enumerate(gathered)), (

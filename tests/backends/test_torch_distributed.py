@@ -16,6 +16,7 @@ from distri.backends.torch_distributed.agreement import decode, describe_tensors
 from distri.backends.torch_distributed.arena import merged
 from distri.backends.torch_distributed.giving_way import giving_way
 from distri.backends.torch_distributed.routes import Routes
+from distri.core.program import held_buckets
 from distri.errors import RunError, UserError
 from distri.launch import run_ranks, threads_per_rank, under_launcher
 from tests.backends.rank_targets import toy_plan
@@ -80,7 +81,17 @@ def test_every_rank_sees_exactly_the_versions_of_the_contract(num_ranks):
 def test_a_steady_step_sends_one_parcel_a_bucket():
     cases = [{"ranks": 2, "steps": steps, "warmup": 1, "layers_per_bucket": 4} for steps in (4, 6)]
     few, many = run_ranks(2, f"{TARGETS}:hold_contracts", cases)
-    assert many["messages"] - few["messages"] == 2 * 3
+    assert many["messages"][-1] - few["messages"][-1] == 2 * 3
+
+
+def test_the_messages_of_a_step_s_second_half_leave_when_the_next_step_begins():
+    case = {"ranks": 2, "steps": 6, "warmup": 2, "layers_per_bucket": 4}
+    plan = toy_plan(case)
+    held = held_buckets(plan)
+    assert 0 < len(held) < plan.num_buckets
+    (done,) = run_ranks(2, f"{TARGETS}:hold_contracts", [case])
+    sent = [after - before for before, after in zip(done["messages"], done["messages"][1:], strict=False)]
+    assert sent[1:] == [plan.num_buckets - len(held), plan.num_buckets, plan.num_buckets, len(held)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has threads that wake up without preempting")

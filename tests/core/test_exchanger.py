@@ -21,6 +21,9 @@ class Notebook:
     def begin_image(self) -> None:
         self.images += 1
 
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> str:
+        return f"{exchange.layer}, {version}, {bucket}"
+
     def send(self, exchange: Exchange, version: int, parts: Sequence[str], bucket: int | None) -> None:
         self.sent.append((exchange.layer, version, bucket))
 
@@ -103,3 +106,22 @@ def test_a_new_image_starts_at_step_zero(demo: LayerGraph) -> None:
     exchanger.begin_image()
     assert exchanger.begin_step() == 0
     assert book.images == 1
+
+
+def test_a_layer_has_a_place_where_somebody_will_read_what_it_writes_there(demo: LayerGraph) -> None:
+    plan = plan_for(demo, steps=3)
+    exchanger = Exchanger(plan, 1, Notebook())
+    exchanger.begin_image()
+    for bucket in ("None", "0", None):
+        step = exchanger.begin_step()
+        layer = layers_of(plan)[0]
+        assert exchanger.place(layer) == (bucket and f"{layer}, {step}, {bucket}")
+        assert not exchanger.is_alone(layer)
+
+
+def test_a_layer_that_sends_and_reads_nothing_is_alone(demo: LayerGraph) -> None:
+    plan = plan_for(demo, "local")
+    exchanger = Exchanger(plan, 1, Notebook())
+    exchanger.begin_image()
+    exchanger.begin_step()
+    assert all(exchanger.is_alone(layer) and exchanger.place(layer) is None for layer in layers_of(plan))

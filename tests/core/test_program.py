@@ -6,7 +6,7 @@ from distri.core.graph import LayerGraph
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import Policy, builtin_tables, policy_table
-from distri.core.program import InstructionKind, step_program, travels_in_bucket
+from distri.core.program import InstructionKind, held_buckets, step_program, travels_in_bucket
 
 STEPS, WARMUP = 6, 2
 
@@ -62,3 +62,16 @@ def test_what_is_read_in_its_own_step_never_waits_in_a_bucket(demo: LayerGraph) 
             assert travels_in_bucket(plan, exchange, 0) is None
             if exchange.steady is Policy.STALE:
                 assert travels_in_bucket(plan, exchange, WARMUP) == exchange.bucket
+
+
+@pytest.mark.parametrize("layers_per_bucket", [1, 8, 20, 60])
+def test_what_leaves_with_the_next_step_is_read_in_its_second_half(
+    demo: LayerGraph, layers_per_bucket: int
+) -> None:
+    request = PlanRequest(ImageRequest(512, 512, STEPS), 3, layers_per_bucket=layers_per_bucket)
+    plan = make_plan(request, demo)
+    late = [e for e in plan.exchanges if e.bucket is not None]
+    held = held_buckets(plan)
+    assert all(e.index >= len(demo) / 2 for e in late if e.bucket in held)
+    first_of_others = [min(e.index for e in late if e.bucket == b) for b in {e.bucket for e in late} - held]
+    assert all(index < len(demo) / 2 for index in first_of_others)

@@ -8,7 +8,7 @@ from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import ExchangeKind, Phase, policy_table
-from distri.core.program import InstructionKind, step_program
+from distri.core.program import InstructionKind, held_buckets, step_program
 from distri.core.refresh import RefreshRule
 from distri.simulator.longest_path import run_longest_path
 from distri.simulator.lowering import Lowering, PlanLowering, phases_of, serving_of
@@ -62,15 +62,21 @@ def test_a_steady_step_receives_what_the_plan_says(policy: str, num_ranks: int) 
     assert received == list(plan.bytes_received_per_step)
 
 
-def test_a_bucket_leaves_with_its_last_member() -> None:
+def test_a_bucket_leaves_with_its_last_member_or_when_the_output_is_there() -> None:
     plan = plan_of(4, "corrected", layers_per_bucket=20)
+    held = held_buckets(plan)
     template = tasks_of(plan).template_of(6)
     late = [action for action in template.actions if isinstance(action, Post) and action.call.is_late]
     assert len(late) == plan.num_buckets
+    assert 0 < len(held) < plan.num_buckets
     for number, post in enumerate(late):
-        last = max(e.index for e in plan.exchanges if e.bucket == number)
+        last = plan.exchanges[-1].index
+        if number not in held:
+            last = max(e.index for e in plan.exchanges if e.bucket == number)
         before = [a for a in template.actions[: template.actions.index(post)] if isinstance(a, Compute)]
         assert before[-1].last == last
+    actions = [a.call.label if isinstance(a, Post) else "" for a in template.actions]
+    assert all(actions.index("output") < actions.index(f"bucket {number}") for number in held)
 
 
 def test_the_reference_sends_what_is_left_when_the_step_is_over() -> None:

@@ -22,6 +22,7 @@ from distri.backends.torch_distributed.wire import Addressed, Parcel, Wire
 from distri.core.buffers import VersionedBuffer
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
+from distri.core.program import held_buckets
 from distri.core.shape import Rect
 from distri.core.staleness import check_version, version_from
 from distri.errors import RunError, ScheduleMismatchError
@@ -101,6 +102,7 @@ class TorchTransport:
         self._layer = ""
         self._held = VersionedBuffer[_Delivery]()
         self._open: dict[int, _Open] = {}
+        self._can_wait = held_buckets(plan)
         self._slot_users: dict[tuple[str, int], Ticket] = {}
         self._slot_versions: dict[tuple[str, int], int] = {}
         self._share_users: dict[tuple[str, int], Ticket] = {}
@@ -133,9 +135,23 @@ class TorchTransport:
         self._placed.clear()
         self._step, self._layer = 0, ""
 
-    def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
-        """Pack a value; it leaves at once, or with its bucket: when that is full, at the latest when the step ends."""
+    def place(self, exchange: Exchange, version: int, bucket: int | None) -> Tensor | None:
+        """This patch's share of a context: attention reads it there, and it is sent from there."""
+        if self.arena.dtype is None:
+            return None
         self._step, self._layer = version, exchange.layer
+        is_late = bucket is not None
+        route = self.routes.of(exchange, is_late)
+        slot = version % route.depth
+        self._await_user(self._slot_users.get((route.key, slot)), route)
+        own_slot = self.arena.own_slot(route.key, slot, is_late)
+        self._await_user(self._share_users.get((route.key, own_slot)), route)
+        return self.arena.share(route.key, own_slot, self.routes.patch)
+
+    def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
+        """Pack a value; it leaves at once, or with its bucket: when that is full, or when the next step begins."""
+        self._step, self._layer = version, exchange.layer
+        self._release()
         route = self.routes.of(exchange, is_late=bucket is not None)
         slot = version % route.depth
         self._pack(route, slot, parts, is_late=bucket is not None)
@@ -150,7 +166,7 @@ class TorchTransport:
             self._open[bucket] = _Open(self._links.late.promise(), version, slot, [])
         self._open[bucket].keys.append(route.key)
         self._hold(route, version, slot, self._open[bucket].ticket, is_late=True)
-        if route.key == self.routes.last_of_bucket[bucket]:
+        if route.key == self.routes.last_of_bucket[bucket] and bucket not in self._can_wait:
             self._flush(bucket)
 
     def receive(self, exchange: Exchange, version: int, own: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -161,6 +177,7 @@ class TorchTransport:
             LostPeerError: it did not come.
         """
         self._layer = exchange.layer
+        self._release()
         delivery = self._held.get(exchange.layer, version)
         route, slot = delivery.route, delivery.slot
         check_version(exchange.layer, version, self._slot_versions[route.key, slot])
@@ -179,7 +196,7 @@ class TorchTransport:
     def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
         """Every rank's output of this version, in rank order; the others' are valid until the next gather."""
         self._step, self._layer = version, exchange.layer
-        for bucket in sorted(self._open):
+        for bucket in sorted(self._open.keys() - self._can_wait):
             self._flush(bucket)
         if self.plan.mesh.size == 1:
             return [own]
@@ -202,6 +219,11 @@ class TorchTransport:
         self._slot_users[route.key, slot] = ticket
         if route.shares:
             self._share_users[route.key, self.arena.own_slot(route.key, slot, is_late)] = ticket
+
+    def _release(self) -> None:
+        """Let go what the last step's output had to come before."""
+        for bucket in sorted(bucket for bucket, filled in self._open.items() if filled.version < self._step):
+            self._flush(bucket)
 
     def _flush(self, bucket: int) -> None:
         """Let a bucket go with what it has: all of its layers, or those that published at this step."""
@@ -264,7 +286,8 @@ class TorchTransport:
                 "the plan was made for another model, size or batch, or the layers differ in dtype"
             )
         for place, part in zip(places, parts, strict=True):
-            place.copy_(part.detach())
+            if part is not place:  # a layer may have written it there
+                place.copy_(part.detach())
 
     def _fix_dtype(self, route: Route, parts: Sequence[Tensor]) -> None:
         if self.arena.dtype is None:
