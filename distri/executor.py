@@ -38,7 +38,7 @@ class RunRequest:
 
     checkpoint: where a checkpoint is written every `checkpoint_every` steps (0: never). resume: a checkpoint to go on
     from. may_resume: go on from `checkpoint` if there is one. check_finite: look for NaN once in so many steps.
-    compiler: the `torch.compile` backend for what lies between exchanges.
+    compiler: the `torch.compile` backend for what lies between exchanges. tiles_decoder: rank 0 decodes tile by tile.
     """
 
     model: str
@@ -56,6 +56,7 @@ class RunRequest:
     may_resume: bool = False
     check_finite: int = 0
     compiler: str | None = None
+    tiles_decoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,26 @@ def draw(request: RunRequest, progress: Progress | None = None, decodes: bool = 
         compile_regions(pipe.unet, request.plan, request.compiler)
     name = request.backend if request.plan.mesh.size > 1 else "in_process"
     backend = open_backend(name, request.plan, pipe.unet.device, request.timeout_s)
-    with one_sentence_for_lack_of_memory(), parallelize(pipe, request.plan, backend) as session:
+    splits = decodes_in_patches(request, pipe)
+    if request.tiles_decoder:
+        pipe.vae.enable_tiling()
+    with (
+        one_sentence_for_lack_of_memory(),
+        parallelize(pipe, request.plan, backend, splits_decoder=splits) as session,
+    ):
         take_precautions(session, pipe, request)
         text = encode_text(session, pipe, request)
-        return call_pipeline(pipe, request, text, progress, decodes)
+        has_part = splits and request.backend == "torch"  # every process decodes its patch
+        return call_pipeline(pipe, request, text, progress, decodes or has_part)
+
+
+def decodes_in_patches(request: RunRequest, pipe: Any) -> bool:
+    """Whether every rank decodes a patch of the picture, rather than rank 0 the whole: what can be split is."""
+    from distri.models.vae import is_autoencoder
+
+    return (
+        request.backend in ("torch", "in_process") and not request.tiles_decoder and is_autoencoder(pipe.vae)
+    )
 
 
 def place(pipe: Any) -> Any:

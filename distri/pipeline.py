@@ -11,6 +11,7 @@ from typing import Any
 from distri.backends.base import Backend
 from distri.core.plan import Plan
 from distri.core.verify import verify
+from distri.decoding import PatchDecoder
 from distri.errors import ModelError, UserError
 from distri.models.load import graph_of
 from distri.session import Session
@@ -19,17 +20,19 @@ DEFAULT_HARDWARE = "a100-sxm"
 """What the `sim` backend simulates unless a name follows it, as in `sim:h100-sxm`."""
 
 
-def parallelize(pipe: Any, plan: Plan, backend: str | Backend = "torch") -> Session:
+def parallelize(
+    pipe: Any, plan: Plan, backend: str | Backend = "torch", *, splits_decoder: bool = False
+) -> Session:
     """Serve `pipe`'s denoiser as `plan` says, until the session is closed.
 
     As a context manager (`with distri.parallelize(pipe, plan):`) or with an undo (`session.close()`). Under the
     `torch` backend every rank calls the pipeline with the same arguments, and rank 0's noise and text count;
     `in_process` runs all ranks in this process, and so does `sim`, on a simulated machine's clock. Rank 0's picture is
-    the result.
+    the result. With `splits_decoder` each rank decodes a patch of the picture; then every rank must decode it.
 
     Raises:
         PlanError: the plan does not hold, or was made for another model.
-        ModelError: the pipeline's denoiser is of a kind that distri cannot split.
+        ModelError: the pipeline's denoiser, or its decoder, is of a kind that distri cannot split.
         UserError: there is no such backend.
     """
     if not hasattr(pipe, "unet") or pipe.unet is None:
@@ -38,7 +41,14 @@ def parallelize(pipe: Any, plan: Plan, backend: str | Backend = "torch") -> Sess
         )
     verify(plan, graph_of(pipe.unet, plan.model.name, pipe.vae_scale_factor))
     opened = open_backend(backend, plan, pipe.unet.device) if isinstance(backend, str) else backend
-    return Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps)
+    session = Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps)
+    if splits_decoder and plan.mesh.size > 1:
+        try:
+            session.keep(PatchDecoder(pipe.vae, plan, opened.for_plan))
+        except BaseException:
+            session.close()
+            raise
+    return session
 
 
 def open_backend(name: str, plan: Plan, device: Any = None, timeout_s: float = 60.0) -> Backend:

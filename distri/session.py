@@ -7,11 +7,11 @@ process, on two models.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,19 @@ from distri.models.arguments import arguments_of_rank, bind, branch_of, check_la
 from distri.models.attach import Attachment, ReplacedForward, attach_layers
 from distri.models.weights import denoiser_output
 from distri.nn.finite import FiniteCheck
-from distri.nn.rank_context import RankContext, RankLocal
+from distri.nn.rank_context import RankContext
 from distri.nn.reconstruction import Reconstruction
 from distri.nn.resumable import Resumable
+from distri.ranks import LocalRanks, put_together
 
 ImageToken = Callable[[], object]
+
+
+class Closeable(Protocol):
+    """What can be closed."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,6 @@ class Session:
     def __init__(self, model: nn.Module, backend: Backend, image_token: ImageToken | None = None) -> None:
         self.backend = backend
         self.plan = backend.plan
-        self._ranks = RankLocal()
         self._token = image_token
         self._last_token: object = None
         self._step = -1
@@ -70,17 +77,20 @@ class Session:
         self._guards = Safeguards()
         self._num_images = 0
         self._resumables: dict[int, Resumable] = {}
-        self._contexts = {rank: self._open_rank(rank) for rank in backend.local_ranks}
-        self._threads = ThreadPoolExecutor(len(self._contexts), "rank") if len(self._contexts) > 1 else None
+        self._ranks = LocalRanks(backend, self._open_ranks())
         self._attachment = Attachment()
+        self._resources = ExitStack()
         self._forward: Callable[..., Any] = model.forward
         try:
             if self.plan.is_attached:
-                attach_layers(self._attachment, model, self.plan, self._ranks)
+                attach_layers(self._attachment, model, self.plan, self._ranks.local)
             self._attachment.add(model, DenoiserHook(self))
         except BaseException:
             self.close()
             raise
+
+    def _open_ranks(self) -> dict[int, RankContext]:
+        return {rank: self._open_rank(rank) for rank in self.backend.local_ranks}
 
     def _open_rank(self, rank: int) -> RankContext:
         inner = self.backend.transport(rank)
@@ -110,7 +120,7 @@ class Session:
                 "resume on the same ranks, or draw from the beginning"
             )
         self._guards = guards
-        self._contexts = {rank: self._open_rank(rank) for rank in self.backend.local_ranks}
+        self._ranks.contexts = self._open_ranks()
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Hold that these facts are the same on every rank.
@@ -143,9 +153,13 @@ class Session:
     def close(self) -> None:
         """Take the hooks off the model and let the backend go. May be called twice."""
         self._attachment.remove()
-        if self._threads is not None:
-            self._threads.shutdown(wait=True)
+        self._resources.close()
+        self._ranks.close()
         self.backend.close()
+
+    def keep(self, resource: Closeable) -> None:
+        """Close `resource` with this session, before its backend."""
+        self._resources.callback(resource.close)
 
     def begin_image(self) -> None:
         """Forget everything of the last image; the next forward is step 0."""
@@ -153,7 +167,7 @@ class Session:
         self._last_BCHW = None
         self._num_images += 1
         self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
-        for context in self._contexts.values():
+        for context in self._ranks.contexts.values():
             context.begin_image()
 
     def denoise(self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -171,8 +185,7 @@ class Session:
         arguments.update(self._shared)
         if self._is_guarded and self._step < self._guards.first_step:
             return self._replay(arguments)
-        results = self._run_ranks(original, arguments)
-        whole = self._whole(results)
+        whole = self._whole(self._ranks.run(lambda context: self._run_rank(context, original, arguments)))
         if self._is_guarded and self._guards.writer is not None:
             self._record(self._guards.writer, whole)
         return whole
@@ -235,54 +248,21 @@ class Session:
             decided = self._control.decide(self._step, change)
             latent_BCHW, name = self.backend.broadcast([sample_BCHW, decided.value])
             phase, self._last_BCHW = Phase(name), latent_BCHW
-        for context in self._contexts.values():
+        for context in self._ranks.contexts.values():
             context.exchanger.begin_step(self._first_phase(phase))
         self._restore(latent_BCHW.device)
         return latent_BCHW
 
-    def _run_ranks(self, original: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
-        if self._threads is None:
-            (context,) = self._contexts.values()
-            try:
-                return [self._run_rank(context, original, arguments)]
-            except BaseException as error:
-                self.backend.abort(error)
-                raise
-        threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
-
-        def task(context: RankContext) -> Any:
-            torch.set_num_threads(max(1, threads // len(self._contexts)))
-            try:
-                with torch.set_grad_enabled(grad):
-                    return self._run_rank(context, original, arguments)
-            except BaseException as error:
-                self.backend.abort(error)
-                raise
-
-        return _results([self._threads.submit(task, context) for context in self._contexts.values()])
-
     def _run_rank(self, context: RankContext, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        self._ranks.context = context
-        try:
-            context.latent_BCHW = branch_of(arguments["sample"], self.plan, context, "sample")
-            output = original(**arguments_of_rank(arguments, self.plan, context))
-            own_BCHW: Tensor = output[0]
-            return output, context.exchanger.gather(own_BCHW)
-        finally:
-            self._ranks.context = None
+        context.latent_BCHW = branch_of(arguments["sample"], self.plan, context, "sample")
+        output = original(**arguments_of_rank(arguments, self.plan, context))
+        own_BCHW: Tensor = output[0]
+        return output, context.exchanger.gather(own_BCHW)
 
     def _whole(self, results: list[Any]) -> Any:
-        """Put every rank's output in its place: branches along the batch, patches by their rectangles."""
+        """Every rank's output in its place, in the form that the model gave it."""
         output, parts = results[0]
-        mesh, latent = self.plan.mesh, self.plan.latent
-        first: Tensor = parts[0]
-        shape = (first.shape[0] * mesh.cfg, first.shape[1], latent.rows.size, latent.cols.size)
-        whole_BCHW = first.new_empty(shape)
-        patches = self.plan.partition.at_step(self._step)
-        for rank, part in enumerate(parts):
-            patch = patches[mesh.patch_of(rank)]
-            half = whole_BCHW.chunk(mesh.cfg, dim=0)[mesh.branch_of(rank)]
-            half[..., patch.rows.start : patch.rows.stop, patch.cols.start : patch.cols.stop] = part
+        whole_BCHW = put_together(parts, self.plan, self.plan.partition.at_step(self._step))
         if isinstance(output, tuple):
             return (whole_BCHW, *output[1:])
         return type(output)(sample=whole_BCHW)
@@ -306,13 +286,3 @@ def relative_change(now_BCHW: Tensor, before_BCHW: Tensor | None) -> float | Non
         return None
     change = (now_BCHW.float() - before_BCHW.float()).square().mean().sqrt()
     return float(change / before_BCHW.float().square().mean().sqrt().clamp_min(1e-12))
-
-
-def _results(futures: Sequence[Future[Any]]) -> list[Any]:
-    """Every result, or the first rank's own error rather than that of a rank which waited for it."""
-    wait(futures, return_when=FIRST_EXCEPTION)
-    wait(futures)
-    errors = [error for error in (future.exception() for future in futures) if error is not None]
-    if errors:
-        raise next((error for error in errors if error.__cause__ is None), errors[0])
-    return [future.result() for future in futures]

@@ -45,6 +45,7 @@ DRIVERS = (
     "bench",
     "checkpoint",
     "contact_sheet",
+    "decoding",
     "evaluation",
     "executor",
     "launch",
@@ -52,6 +53,7 @@ DRIVERS = (
     "probe",
     "profiler",
     "quality",
+    "ranks",
     "session",
 )
 DRIVER |= {f"distri.{name}" for name in DRIVERS} | {"torch", "numpy", "PIL", "safetensors", "skimage"}

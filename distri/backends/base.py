@@ -24,6 +24,9 @@ class Backend(Protocol):
     def broadcast(self, value: Any) -> Any:
         """Rank 0's nested tensors (in tuples, lists, dicts; other leaves as rank 0 has them), on every rank."""
 
+    def for_plan(self, plan: Plan) -> Backend:
+        """Another backend of this kind, for another plan of the same ranks; to be closed before this one."""
+
     def abort(self, reason: BaseException) -> None:
         """Release every local rank that waits, because one of them failed."""
 

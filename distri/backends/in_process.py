@@ -150,6 +150,7 @@ class InProcessBackend:
     def __init__(self, plan: Plan, *, timeout_s: float = 60.0) -> None:
         self.plan = plan
         self.local_ranks = tuple(range(plan.mesh.size))
+        self._timeout_s = timeout_s
         self._mailboxes = Mailboxes(timeout_s)
 
     def transport(self, rank: int) -> InProcessTransport:
@@ -159,6 +160,10 @@ class InProcessBackend:
     def broadcast(self, value: Any) -> Any:
         """All ranks already have it."""
         return value
+
+    def for_plan(self, plan: Plan) -> InProcessBackend:
+        """All ranks of another plan."""
+        return InProcessBackend(plan, timeout_s=self._timeout_s)
 
     def abort(self, reason: BaseException) -> None:
         """Wake the ranks that wait."""

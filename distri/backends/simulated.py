@@ -11,7 +11,7 @@ from typing import Any
 
 from distri.backends.base import Backend
 from distri.core.exchanger import Transport
-from distri.core.plan import Exchange
+from distri.core.plan import Exchange, Plan
 from distri.simulator.result import SimulationResult
 
 
@@ -61,6 +61,10 @@ class SimulatedBackend:
     def broadcast(self, value: Any) -> Any:
         """As the backend for values does it."""
         return self._values.broadcast(value)
+
+    def for_plan(self, plan: Plan) -> Backend:
+        """That of the values: what is not in the simulated plan does not move the clock."""
+        return self._values.for_plan(plan)
 
     def abort(self, reason: BaseException) -> None:
         """Wake the ranks that wait."""

@@ -74,6 +74,12 @@ ELASTIC_ATTEMPTS = 4
     help="The compiler: inductor, the default, or one that is installed, such as tensorrt or tvm.",
 )
 @click.option(
+    "--tile-decoder",
+    "tiles_decoder",
+    is_flag=True,
+    help="Rank 0 decodes the picture tile by tile, for what does not fit. Default: each rank decodes its patch.",
+)
+@click.option(
     "--learn", is_flag=True, help="Remember how long it took, for the next prediction on this machine."
 )
 @json_option
@@ -91,6 +97,7 @@ def command(
     learn: bool,
     compiles: bool,
     compile_backend: str | None,
+    tiles_decoder: bool,
     **flags: Any,
 ) -> None:
     """Draw a picture on several ranks, as a plan says.
@@ -122,6 +129,7 @@ def command(
         may_resume=elastic,
         check_finite=check_finite,
         compiler=(compile_backend or "inductor") if compiles or compile_backend else None,
+        tiles_decoder=tiles_decoder,
     )
     if request.compiler is not None:
         from distri.models.compiling import check_compiler

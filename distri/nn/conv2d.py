@@ -131,7 +131,10 @@ class PatchConv2d:
 
 
 class LatentConv2d:
-    """The convolution that reads the latent itself: every rank has all of it, so its halo is cut, not exchanged."""
+    """The convolution that reads the latent itself: every rank has all of it, so its halo is cut, not exchanged.
+
+    The latent lies at level 1 for a denoiser, deeper for a decoder, whose level 1 is the picture.
+    """
 
     def __init__(self, ranks: RankLocal, geometry: ConvGeometry) -> None:
         self._ranks = ranks
@@ -143,7 +146,8 @@ class LatentConv2d:
         latent_BCHW = context.latent_BCHW
         assert latent_BCHW is not None
         shape = tuple(latent_BCHW.shape)
-        window = make_window(self._geometry, shape, 1, context.patches, context.patch)
+        level = context.exchanger.plan.latent.rows.size // shape[2]
+        window = make_window(self._geometry, shape, level, context.patches, context.patch)
         whole = Rect(Band(0, shape[2]), Band(0, shape[3]))
         known = window.window.intersect(whole)
         grown = fill_window(cut(latent_BCHW, known, whole), known, window.window, (), ())

@@ -86,6 +86,7 @@ class InstantBackend:
 
     def __init__(self, plan: Plan, patch: int, device: torch.device, dtype: torch.dtype) -> None:
         self.plan = plan
+        self._device, self._dtype = device, dtype
         self.local_ranks: tuple[int, ...] = (plan.mesh.rank_of(0, patch),)
         self._transport = InstantTransport(plan, self.local_ranks[0], device, dtype)
 
@@ -97,6 +98,10 @@ class InstantBackend:
     def broadcast(self, value: Any) -> Any:
         """This rank's own value."""
         return value
+
+    def for_plan(self, plan: Plan) -> InstantBackend:
+        """The same rank of another plan."""
+        return InstantBackend(plan, plan.mesh.patch_of(self.local_ranks[0]), self._device, self._dtype)
 
     def abort(self, reason: BaseException) -> None:
         """Nobody else waits."""

@@ -74,6 +74,10 @@ class TorchBackend:
             for sentence in advice_on_links():
                 warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
+    def for_plan(self, plan: Plan) -> TorchBackend:
+        """This rank in another plan, with lanes and process groups of its own."""
+        return TorchBackend(plan, device=self.device, timeout_s=self.timeout_s)
+
     def transport(self, rank: int) -> TorchTransport:
         """The transport of this process's rank."""
         assert rank == self.rank, f"rank {rank} lives in another process"
