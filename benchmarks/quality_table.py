@@ -36,7 +36,7 @@ ABOUT = (
 )
 TABLES = (
     "corrected,extrapolated_gn,shifted_gn,sync_gn,separate_gn,no_sync,local,extrapolated,partial,"
-    "int8,residual_int4,residual_int2,extrapolated_residual_int4"
+    "int8,fp8,residual_int4,residual_int2,extrapolated_residual_int2"
 )
 WARMUPS = (5, 8, 15)
 
