@@ -1,7 +1,6 @@
 """Run a plan from a request to a picture: load the model, place the ranks, draw, write.
 
-`run` starts the ranks itself (or takes its place among those that torchrun started), `compare` draws the same picture
-once more on one device from the same noise.
+`run` starts the ranks itself, or takes its place among those that torchrun started.
 """
 
 from __future__ import annotations
@@ -71,19 +70,6 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class CompareResult:
-    """A plan's picture beside the single device's, from the same noise. Differences are of the final latent."""
-
-    image: Path | None
-    psnr_db: float
-    ssim: float
-    max_latent_difference: float
-    mean_latent_difference: float
-    seconds: float
-    single_seconds: float
-
-
-@dataclass(frozen=True)
 class Drawing:
     """What a drawing rank has in the end: the final latent (1, C, H, W), the picture if it decoded, and the time."""
 
@@ -104,7 +90,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> RunResult:
     find_start(request)
     if starts_ranks(request):
         try:
-            result = _on_ranks(request, progress)
+            result = draw_on_ranks(request, progress)
         finally:
             _remove_unfinished(request.output)
     else:
@@ -347,84 +333,14 @@ def _seconds_per_step(start: float, times: list[float]) -> float:
     return statistics.median(gaps[1:] or gaps)
 
 
-def compare(request: RunRequest, progress: Progress | None = None) -> CompareResult:
-    """Draw by the plan and on one device, from the same noise, and say how far apart the two are.
-
-    The picture that is written shows the single device's on the left, the plan's on the right.
+def draw_on_ranks(
+    request: RunRequest, progress: Progress | None, latent: Path | None = None
+) -> dict[str, Any]:
+    """Start the ranks and have them draw; the final latent goes to `latent`, as safetensors. What rank 0 says of it.
 
     Raises:
-        UserError: the model, plan or output is unusable.
-        RunError: a rank failed.
+        UserError, RunError: as `distri.launch.run_ranks`.
     """
-    check_output(request.output)
-    single = single_device(request)
-    planned = draw_anywhere(request, progress)
-    alone = draw(single, progress)
-    return _compared(request, planned, alone)
-
-
-def single_device(request: RunRequest) -> RunRequest:
-    """The same picture on one device, with the unmodified model."""
-    from distri.core.planner import PlanRequest, make_plan
-    from distri.models.presets import load_graph
-
-    plan = request.plan
-    alone = make_plan(
-        PlanRequest(plan.image, 1, cfg_split=False, dtype=plan.dtype, warmup_steps=1),
-        load_graph(request.model),
-    )
-    return dataclasses.replace(request, plan=alone, backend="in_process", output=None)
-
-
-def draw_anywhere(request: RunRequest, progress: Progress | None = None) -> Drawing:
-    """Draw in this process or on ranks that it starts; the drawing comes back either way."""
-    import tempfile
-
-    from PIL import Image
-    from safetensors.torch import load_file
-
-    if not starts_ranks(request):
-        return draw(request, progress)
-    with tempfile.TemporaryDirectory() as folder:
-        picture, latent = Path(folder) / "picture.png", Path(folder) / "latent.safetensors"
-        result = _on_ranks(dataclasses.replace(request, output=picture), progress, latent)
-        with Image.open(picture) as image:
-            image.load()
-        return Drawing(load_file(latent)["latent"], image, result["seconds"], result["seconds_per_step"])
-
-
-def _compared(request: RunRequest, planned: Drawing, alone: Drawing) -> CompareResult:
-    import numpy as np
-
-    from distri.quality import psnr_db, ssim
-
-    assert planned.image is not None
-    assert alone.image is not None
-    ours, reference = (np.asarray(image.convert("RGB")) for image in (planned.image, alone.image))
-    difference = (planned.latent_BCHW.float() - alone.latent_BCHW.float()).abs()
-    save(side_by_side(alone.image, planned.image), request.output, is_writer())
-    return CompareResult(
-        request.output,
-        psnr_db(ours, reference),
-        ssim(ours, reference),
-        float(difference.max()),
-        float(difference.mean()),
-        planned.seconds,
-        alone.seconds,
-    )
-
-
-def side_by_side(left: Image, right: Image, gap: int = 8) -> Image:
-    """Two pictures of one size beside each other."""
-    import PIL.Image
-
-    sheet = PIL.Image.new("RGB", (left.width + gap + right.width, left.height), "white")
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width + gap, 0))
-    return sheet
-
-
-def _on_ranks(request: RunRequest, progress: Progress | None, latent: Path | None = None) -> dict[str, Any]:
     from distri.launch import run_ranks
 
     result: dict[str, Any] = run_ranks(

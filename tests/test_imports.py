@@ -44,6 +44,7 @@ MAY_IMPORT = {
 DRIVERS = (
     "bench",
     "checkpoint",
+    "comparison",
     "contact_sheet",
     "decoding",
     "evaluation",

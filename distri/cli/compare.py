@@ -33,13 +33,14 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, **flags: Any) ->
       distri compare --gpus 4 --cfg-split off --policy local
       distri compare --backend in_process --gpus 3 --split cols --json
     """
-    from distri import executor
+    from distri.comparison import compare
+    from distri.executor import check_output, is_writer
 
-    executor.check_output(output)
+    check_output(output)
     request = request_from(flags, output, ctx)
-    with progress_bar("drawing twice", executor.is_writer()) as progress:
-        result = executor.compare(request, progress)
-    if not executor.is_writer():
+    with progress_bar("drawing twice", is_writer()) as progress:
+        result = compare(request, progress)
+    if not is_writer():
         return
     if as_json:
         print_json(
