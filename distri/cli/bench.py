@@ -162,7 +162,13 @@ def _one_rank(flags: dict[str, Any]) -> None:
     if flags["output"] is not None:
         import json
 
-        write_text(flags["output"], json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        report = {
+            "what": "one rank of a plan alone beside the unmodified model; medians of interleaved steps",
+            "command": f"{_command(flags)} --rank-of {flags['rank_of']} --patch {flags['patch']}",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **dataclasses.asdict(result),
+        }
+        write_text(flags["output"], json.dumps(report, indent=1) + "\n")
     if flags["as_json"]:
         print_json(dataclasses.asdict(result))
         return
