@@ -110,13 +110,21 @@ class CallMaker:
 
 
 class _OneLayer:
-    """What one layer sees of its exchanger."""
+    """What one layer sees of its exchanger, at step 0."""
+
+    step = 0
 
     def __init__(self, subject: Subject, exchange: Exchange, transport: InstantTransport) -> None:
         self.plan = subject.plan
         self.patch = subject.patch
         self._exchange = exchange
         self._transport = transport
+
+    def is_alone(self, layer: str) -> bool:
+        return False
+
+    def place(self, layer: str) -> Tensor | None:
+        return self._transport.place(self._exchange, 0, None)
 
     def publish(self, layer: str, parts: list[Tensor]) -> None:
         self._transport.send(self._exchange, 0, parts, None)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from distri import executor
-from distri.executor import CompareResult, RunRequest, RunResult
+from distri import comparison, executor
+from distri.comparison import CompareResult
+from distri.executor import RunRequest, RunResult
 from tests.cli.conftest import Distri, Outcome, left_behind
 
 COMMANDS = ["run", "compare"]
@@ -26,7 +27,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[RunRequest]:
         return CompareResult(request.output, 40.0, 0.99, 0.5, 0.25, 2.5, 4.0)
 
     monkeypatch.setattr(executor, "run", run)
-    monkeypatch.setattr(executor, "compare", compare)
+    monkeypatch.setattr(comparison, "compare", compare)
     return seen
 
 
