@@ -47,7 +47,8 @@ def main() -> int:
     waits = {row["name"]: row["exposed"] * row["step_s"] for row in throttled["rows"]}
     report = {
         "what": "seconds that rank 0 waits in a steady step; links throttled so that fresh waits for a third of it",
-        "command": f"python benchmarks/exposed.py --rate {rate} --side {options.side} --layers-per-bucket {layers}",
+        "command": f"python benchmarks/exposed.py --rate {rate} --side {options.side} --rounds {options.rounds} "
+        f"--layers-per-bucket {layers}",
         "rate_mbit_per_s": rate,
         "corrected_to_fresh": waits["corrected"] / waits["fresh"],
         "throttled": throttled,

@@ -96,7 +96,8 @@ class PatchDecoder:
         """The backend and the ranks, of the dtype that is decoded in."""
         if self._backend is None or self._ranks is None:
             dtype = str(z_BChw.dtype).removeprefix("torch.")  # SDXL's decoder is wider than its denoiser
-            self._plan = decoder_plan(self._vae, self._denoising, dtype)
+            if dtype != self._plan.dtype:
+                self._plan = decoder_plan(self._vae, self._denoising, dtype)
             self._backend = self._open_backend(self._plan)
             self._ranks = LocalRanks(self._backend, {r: self._context(r) for r in self._backend.local_ranks})
         return self._backend, self._ranks

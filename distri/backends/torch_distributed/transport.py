@@ -139,7 +139,7 @@ class TorchTransport:
         """This patch's share of a context: attention reads it there, and it is sent from there."""
         if self.arena.dtype is None:
             return None
-        self._step, self._layer = version, exchange.layer
+        self._arrive_at(exchange, version)
         is_late = bucket is not None
         route = self.routes.of(exchange, is_late)
         slot = version % route.depth
@@ -150,8 +150,7 @@ class TorchTransport:
 
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
         """Pack a value; it leaves at once, or with its bucket: when that is full, or when the next step begins."""
-        self._step, self._layer = version, exchange.layer
-        self._release()
+        self._arrive_at(exchange, version)
         route = self.routes.of(exchange, is_late=bucket is not None)
         slot = version % route.depth
         self._pack(route, slot, parts, is_late=bucket is not None)
@@ -219,6 +218,10 @@ class TorchTransport:
         self._slot_users[route.key, slot] = ticket
         if route.shares:
             self._share_users[route.key, self.arena.own_slot(route.key, slot, is_late)] = ticket
+
+    def _arrive_at(self, exchange: Exchange, version: int) -> None:
+        self._step, self._layer = version, exchange.layer
+        self._release()
 
     def _release(self) -> None:
         """Let go what the last step's output had to come before."""
