@@ -53,18 +53,17 @@ class PatchDecoder:
         self._vae, self._denoising, self._open_backend = vae, plan, open_backend
         self._plan = decoder_plan(vae, plan, plan.dtype)
         self._factor = plan.model.vae_factor
-        self._backend: Backend | None = None
-        self._ranks: LocalRanks | None = None
+        self._opened: tuple[Backend, LocalRanks] | None = None
         self._attachment = Attachment()
         self._attachment.add(vae.decoder, _DecoderHook(self))
 
     def close(self) -> None:
         """Take the hook off and let the backend go. May be called twice."""
         self._attachment.remove()
-        if self._ranks is not None:
-            self._ranks.close()
-        if self._backend is not None:
-            self._backend.close()
+        if self._opened is not None:
+            backend, ranks = self._opened
+            ranks.close()
+            backend.close()
 
     def decode(self, original: Callable[..., Tensor], z_BChw: Tensor, *more: Any) -> Tensor:
         """The picture (B, C, H, W) of rank 0's latent."""
@@ -94,17 +93,15 @@ class PatchDecoder:
 
     def _open(self, z_BChw: Tensor) -> tuple[Backend, LocalRanks]:
         """The backend and the ranks, of the dtype that is decoded in."""
-        if self._backend is None or self._ranks is None:
+        if self._opened is None:
             dtype = str(z_BChw.dtype).removeprefix("torch.")  # SDXL's decoder is wider than its denoiser
             if dtype != self._plan.dtype:
                 self._plan = decoder_plan(self._vae, self._denoising, dtype)
-            self._backend = self._open_backend(self._plan)
-            self._ranks = LocalRanks(self._backend, {r: self._context(r) for r in self._backend.local_ranks})
-        return self._backend, self._ranks
-
-    def _context(self, rank: int) -> RankContext:
-        assert self._backend is not None
-        return RankContext(Exchanger(self._plan, rank, self._backend.transport(rank)))
+            backend = self._open_backend(self._plan)
+            exchangers = {r: Exchanger(self._plan, r, backend.transport(r)) for r in backend.local_ranks}
+            contexts = {rank: RankContext(exchanger) for rank, exchanger in exchangers.items()}
+            self._opened = backend, LocalRanks(backend, contexts)
+        return self._opened
 
 
 class _DecoderHook(ReplacedForward):

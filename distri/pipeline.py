@@ -44,7 +44,7 @@ def parallelize(
     session = Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps)
     if splits_decoder and plan.mesh.size > 1:
         try:
-            session.keep(PatchDecoder(pipe.vae, plan, opened.for_plan))
+            session.on_close(PatchDecoder(pipe.vae, plan, opened.for_plan).close)
         except BaseException:
             session.close()
             raise

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,6 @@ from distri.nn.resumable import Resumable
 from distri.ranks import LocalRanks, put_together
 
 ImageToken = Callable[[], object]
-
-
-class Closeable(Protocol):
-    """What can be closed."""
-
-    def close(self) -> None:
-        """Give everything back."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class Session:
         self._resumables: dict[int, Resumable] = {}
         self._ranks = LocalRanks(backend, self._open_ranks())
         self._attachment = Attachment()
-        self._resources = ExitStack()
+        self._callbacks = ExitStack()
         self._forward: Callable[..., Any] = model.forward
         try:
             if self.plan.is_attached:
@@ -153,13 +146,13 @@ class Session:
     def close(self) -> None:
         """Take the hooks off the model and let the backend go. May be called twice."""
         self._attachment.remove()
-        self._resources.close()
+        self._callbacks.close()
         self._ranks.close()
         self.backend.close()
 
-    def keep(self, resource: Closeable) -> None:
-        """Close `resource` with this session, before its backend."""
-        self._resources.callback(resource.close)
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call this when the session is closed, before its backend is."""
+        self._callbacks.callback(callback)
 
     def begin_image(self) -> None:
         """Forget everything of the last image; the next forward is step 0."""
