@@ -183,6 +183,8 @@ def hold_contract(case: dict[str, Any], report: Any) -> dict[str, Any]:
 
 def _one_step(plan: Plan, exchanger: Exchanger[Tensor], oracle: Oracle, step: int, delay: Any) -> None:
     rank = exchanger.rank
+    for context in [e for e in plan.exchanges if e.kind is ExchangeKind.CONTEXT]:
+        exchanger.place(context.layer)  # a layer may be the first of its step to ask for anything
     for exchange in plan.exchanges[:-1]:
         if delay is not None and delay.random() < 0.3:
             time.sleep(delay.random() * 0.01)
