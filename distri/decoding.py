@@ -82,7 +82,7 @@ class PatchDecoder:
             parts = ranks.run(lambda context: self._decode_patch(context, original, latent_BChw))[0]
         finally:
             layers.remove()
-        return put_together(parts, self._plan, self._plan.partition.patches)
+        return put_together(dict(enumerate(parts)), self._plan, self._plan.partition.patches)
 
     def _decode_patch(
         self, context: RankContext, original: Callable[..., Tensor], latent_BChw: Tensor

@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distri.core.latent import KEEPS_CHECKPOINTS
 from distri.core.plan import Plan
-from distri.errors import OutputError, RunError, UserError
+from distri.errors import OutputError, PlanError, RunError, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +88,8 @@ def run(request: RunRequest, progress: Progress | None = None) -> RunResult:
         RunError: a rank failed.
     """
     check_output(request.output)
+    if request.plan.keeps_latent_on_patch and (request.checkpoint_every or request.resume is not None):
+        raise PlanError(KEEPS_CHECKPOINTS)
     find_start(request)
     if starts_ranks(request):
         try:

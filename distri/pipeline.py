@@ -6,6 +6,7 @@ served differently, for as long as the session lasts.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from distri.backends.base import Backend
@@ -14,7 +15,8 @@ from distri.core.verify import verify
 from distri.decoding import PatchDecoder
 from distri.errors import ModelError, UserError
 from distri.models.load import graph_of
-from distri.session import Session
+from distri.sampling import PatchSampler
+from distri.session import ImageToken, Session
 
 DEFAULT_HARDWARE = "a100-sxm"
 """What the `sim` backend simulates unless a name follows it, as in `sim:h100-sxm`."""
@@ -28,7 +30,8 @@ def parallelize(
     As a context manager (`with distri.parallelize(pipe, plan):`) or with an undo (`session.close()`). Under the
     `torch` backend every rank calls the pipeline with the same arguments, and rank 0's noise and text count;
     `in_process` runs all ranks in this process, and so does `sim`, on a simulated machine's clock. Rank 0's picture is
-    the result. With `splits_decoder` each rank decodes a patch of the picture; then every rank must decode it.
+    the result. With `splits_decoder` each rank decodes a patch of the picture; then every rank must decode it. The
+    scheduler is served too where the plan keeps the latent on its patch.
 
     Raises:
         PlanError: the plan does not hold, or was made for another model.
@@ -41,14 +44,23 @@ def parallelize(
         )
     verify(plan, graph_of(pipe.unet, plan.model.name, pipe.vae_scale_factor))
     opened = open_backend(backend, plan, pipe.unet.device) if isinstance(backend, str) else backend
-    session = Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps)
-    if splits_decoder and plan.mesh.size > 1:
-        try:
+    with ExitStack() as undo:
+        session = Session(pipe.unet, opened, image_token=_image_token(pipe, opened, undo))
+        session.on_close(undo.pop_all().close)
+        undo.callback(session.close)
+        if splits_decoder and plan.mesh.size > 1:
             session.on_close(PatchDecoder(pipe.vae, plan, opened.for_plan).close)
-        except BaseException:
-            session.close()
-            raise
+        undo.pop_all()  # nothing failed: the session is open
     return session
+
+
+def _image_token(pipe: Any, backend: Backend, undo: ExitStack) -> ImageToken:
+    """What is another object for each image; the scheduler is served until `undo`, if the plan wants it."""
+    if not backend.plan.keeps_latent_on_patch:
+        return lambda: pipe.scheduler.timesteps
+    sampler = PatchSampler(pipe, backend)
+    undo.callback(sampler.close)
+    return sampler.image_token
 
 
 def open_backend(name: str, plan: Plan, device: Any = None, timeout_s: float = 60.0) -> Backend:

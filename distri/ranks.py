@@ -73,13 +73,16 @@ def _results(futures: Sequence[Future[Any]]) -> list[Any]:
     return [future.result() for future in futures]
 
 
-def put_together(parts: Sequence[Tensor], plan: Plan, patches: Sequence[Rect]) -> Tensor:
-    """Every rank's output (B, C, rows, columns) in its place: branches along the batch, patches by their rectangles."""
+def put_together(parts: Mapping[int, Tensor], plan: Plan, patches: Sequence[Rect]) -> Tensor:
+    """The ranks' outputs (B, C, rows, columns) in their places: branches along the batch, patches by their rectangles.
+
+    Zero where no rank's is given.
+    """
     mesh, latent = plan.mesh, plan.latent
-    first = parts[0]
+    first = next(iter(parts.values()))
     shape = (first.shape[0] * mesh.cfg, first.shape[1], latent.rows.size, latent.cols.size)
-    whole_BCHW = first.new_empty(shape)
-    for rank, part in enumerate(parts):
+    whole_BCHW = first.new_empty(shape) if len(parts) == mesh.size else first.new_zeros(shape)
+    for rank, part in parts.items():
         patch = patches[mesh.patch_of(rank)]
         half = whole_BCHW.chunk(mesh.cfg, dim=0)[mesh.branch_of(rank)]
         half[..., patch.rows.start : patch.rows.stop, patch.cols.start : patch.cols.stop] = part

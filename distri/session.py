@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from distri.backends.base import Backend
 from distri.checkpoint import CheckpointWriter, ResumePoint
 from distri.core.exchanger import Exchanger, Transport
+from distri.core.latent import KEEPS_CHECKPOINTS
 from distri.core.policy import Phase, Policy
 from distri.core.refresh import PhaseControl
+from distri.core.traffic import output_ranks
 from distri.errors import PlanError, RunError
-from distri.models.arguments import arguments_of_rank, bind, branch_of, check_latent
+from distri.models.arguments import arguments_of_rank, bind, branch_of, check_latent, check_residuals
 from distri.models.attach import Attachment, ReplacedForward, attach_layers
 from distri.models.weights import denoiser_output
 from distri.nn.finite import FiniteCheck
@@ -101,9 +103,11 @@ class Session:
         """Take these precautions; called before the first forward.
 
         Raises:
-            PlanError: the plan's policy cannot go on from there.
+            PlanError: the plan's policy cannot go on from there, or no rank has the whole output to keep.
         """
         assert self._num_images == 0, "precautions are taken before the first image"
+        if self.plan.keeps_latent_on_patch and (guards.writer is not None or guards.start is not None):
+            raise PlanError(KEEPS_CHECKPOINTS)
         start = guards.start
         is_among_others = start is not None and start.held is None and start.step >= self.plan.warmup_steps
         reads_long_past = any(e.steady is Policy.FROZEN or e.reach is not None for e in self.plan.exchanges)
@@ -166,11 +170,14 @@ class Session:
     def denoise(self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One forward of the denoiser: whole arguments in, whole result out, as the unmodified model would.
 
+        Where the plan keeps the latent on its patch, only this process's patches are right, in both.
+
         Raises:
             PlanError: the latent is not the one planned for, or there are more steps than planned.
         """
         arguments = bind(self._forward, args, kwargs)
         check_latent(arguments["sample"], self.plan)
+        check_residuals(arguments, self.plan)
         self._begin_image_if_new()
         arguments["sample"] = self._begin_step(arguments["sample"])
         if self._step == 0:
@@ -225,7 +232,11 @@ class Session:
             self.begin_image()
 
     def _begin_step(self, sample_BCHW: Tensor) -> Tensor:
-        """Start a step from rank 0's latent, in the phase that rank 0 decides."""
+        """Start a step from rank 0's latent, in the phase that rank 0 decides.
+
+        Where the latent stays on its patch that holds for the first step: later ones go on from what the ranks have, in
+        phases that follow from the plan alone.
+        """
         self._step += 1
         if self._step >= self._planned:
             raise PlanError(
@@ -234,7 +245,10 @@ class Session:
             )
         latent_BCHW: Tensor
         phase: Phase | None = None
-        if self.plan.refresh is None:
+        if self._step and self.plan.keeps_latent_on_patch:
+            latent_BCHW = sample_BCHW
+            phase = self._control.decide(self._step, None)
+        elif self.plan.refresh is None:
             latent_BCHW = self.backend.broadcast(sample_BCHW)
         else:
             change = relative_change(sample_BCHW, self._last_BCHW)
@@ -253,8 +267,12 @@ class Session:
         return output, context.exchanger.gather(own_BCHW)
 
     def _whole(self, results: list[Any]) -> Any:
-        """Every rank's output in its place, in the form that the model gave it."""
-        output, parts = results[0]
+        """Every output that reached a rank of this process in its place, in the form that the model gave it."""
+        output, _ = results[0]
+        parts: dict[int, Tensor] = {}
+        for rank, (_, arrived) in zip(self.backend.local_ranks, results, strict=True):
+            sources = output_ranks(self.plan.mesh, self.plan.exchanges[-1], rank)
+            parts.update(zip(sources, arrived, strict=True))
         whole_BCHW = put_together(parts, self.plan, self.plan.partition.at_step(self._step))
         if isinstance(output, tuple):
             return (whole_BCHW, *output[1:])

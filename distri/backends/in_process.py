@@ -16,7 +16,7 @@ from torch import Tensor
 from distri.core.buffers import VersionedBuffer
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
-from distri.core.traffic import messages
+from distri.core.traffic import messages, output_ranks
 from distri.errors import RunError
 from distri.nn.group_norm import merge_moments
 
@@ -127,10 +127,11 @@ class InProcessTransport:
         return [torch.cat([own[0] if patch == self._patch else value(patch)[0] for patch in patches])]
 
     def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
-        """Every rank's output of this version, in rank order."""
+        """The outputs of this version that this rank has in the end, in rank order."""
         mesh = self._plan.mesh
         self._mailboxes.put((self._branch, exchange.layer, self._patch), version, [own])
-        places = [(mesh.branch_of(rank), mesh.patch_of(rank)) for rank in range(mesh.size)]
+        ranks = output_ranks(mesh, exchange, self._rank)
+        places = [(mesh.branch_of(rank), mesh.patch_of(rank)) for rank in ranks]
         return [self._mailboxes.get((branch, exchange.layer, patch), version)[0] for branch, patch in places]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from distri.core.graph import LayerGraph
+from distri.core.latent import LatentPlace
 from distri.core.partition import SplitAxis
 from distri.core.plan import DTYPE_BYTES, ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
@@ -34,6 +35,7 @@ IN_PLAN = (
     "warmup_steps",
     "refresh_above",
     "refresh_every",
+    "latent",
     "dtype",
 )
 """Flags that a plan from a file already answers."""
@@ -157,6 +159,13 @@ def plan_options(default_model: str, default_gpus: int) -> Callable[[F], F]:
             metavar="3,2,1",
             help="Sizes of the bands, as weights. Default: even.",
         ),
+        click.option(
+            "--latent",
+            type=click.Choice(tuple(place.value for place in LatentPlace)),
+            default=LatentPlace.WHOLE.value,
+            show_default=True,
+            help="What a rank keeps of the latent between steps: all of it, or its patch, which spares a gather.",
+        ),
         click.option("--dtype", type=click.Choice(RUN_DTYPES), help="Default: the model's own."),
     )
 
@@ -264,6 +273,7 @@ def plan_request_from(flags: Mapping[str, Any]) -> PlanRequest:
         weights=flags["bands"],
         dtype=flags["dtype"] or own.dtype,
         refresh=refresh_rule_of(flags),
+        latent=LatentPlace(flags["latent"]),
     )
 
 

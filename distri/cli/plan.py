@@ -56,8 +56,8 @@ def command(
 ) -> None:
     """Find the best plan of a run, or make the one that is asked for, and print it. Needs no GPU, loads no weights.
 
-    Any of --cfg-split, --policy, --policy-table, --split, --bands, --warmup-steps and --refresh-* asks for exactly one
-    plan; without them all plans are searched for the one that suits the hardware best.
+    Any of --cfg-split, --policy, --policy-table, --split, --bands, --warmup-steps, --refresh-* and --latent asks for
+    exactly one plan; without them all plans are searched for the one that suits the hardware best.
 
     \b
     Examples:

@@ -136,7 +136,7 @@ def _exchanges(plan: Mapping[str, Any]) -> Table:
         chosen = [exchange for exchange in plan["exchanges"] if exchange["kind"] == kind]
         if not chosen:
             continue
-        moving = [e for e in chosen if e["steady"] not in ("local", "frozen")]
+        moving = [e for e in chosen if kind == "output" or e["steady"] not in ("local", "frozen")]
         most = max(sum(e["bytes_received"][place] for e in moving) for place in range(plan["mesh"]["patch"]))
         coded = sorted({e["codec"] for e in chosen} - {"none"})
         made.add_row(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from distri.core.partition import SplitAxis
 from distri.core.plan import Exchange, Plan
-from distri.core.policy import ExchangeKind, Phase, Policy
+from distri.core.planner import is_sent
+from distri.core.policy import ExchangeKind, Phase
 from distri.core.shape import Rect
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _policies(exchanges: Sequence[Exchange], phase: Phase) -> str:
 
 
 def _most_received(plan: Plan, exchanges: Sequence[Exchange]) -> int:
-    moving = [e for e in exchanges if e.steady not in (Policy.LOCAL, Policy.FROZEN)]
+    moving = [e for e in exchanges if is_sent(e)]
     return max(sum(e.bytes_received[place] for e in moving) for place in range(plan.mesh.patch))
 
 

@@ -27,6 +27,7 @@ ASKS_FOR_ONE: Final = (
     "warmup_steps",
     "refresh_above",
     "refresh_every",
+    "latent",
 )
 """Flags that describe a plan, so that there is nothing left to search."""
 MOST_DEVICES: Final = 1024

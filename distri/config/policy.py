@@ -17,7 +17,7 @@ from typing import Any
 from distri.config.marked_yaml import Location, Marked, read_marked
 from distri.core.graph import LayerGraph
 from distri.core.planner import to_jsonable
-from distri.core.policy import ExchangeKind, PolicyRule, PolicyTable, builtin_tables, policy_table
+from distri.core.policy import ExchangeKind, Policy, PolicyRule, PolicyTable, builtin_tables, policy_table
 from distri.errors import HardwareError, PolicyError
 
 FIELDS = ("base", "name", "rules")
@@ -82,6 +82,8 @@ def _rule(document: Marked, place: Location, item: Any) -> PolicyRule:
         raise _refusal(
             document, (*place, *first["loc"]), first["msg"].removeprefix("Value error, ")
         ) from error
+    if rule.kind is ExchangeKind.OUTPUT and rule.policy is Policy.LOCAL:
+        raise _refusal(document, place, "where the latent lies is no rule's business; use --latent patch")
     unknown = _unknown(item, to_jsonable(rule))
     if unknown is not None:
         known = ", ".join(field.name for field in dataclasses.fields(PolicyRule))

@@ -46,7 +46,7 @@ class Transport(Protocol[T]):
         """Wait for exactly this version of the others' values."""
 
     def gather(self, exchange: Exchange, version: int, own: T) -> Sequence[T]:
-        """Every rank's output of this version, in rank order."""
+        """The output of this version of the ranks that `distri.core.traffic.output_ranks` names, in that order."""
 
 
 class Exchanger(Generic[T]):
@@ -118,7 +118,7 @@ class Exchanger(Generic[T]):
         return self._transport.receive(exchange, version, self._own[layer])
 
     def gather(self, own: T) -> Sequence[T]:
-        """Every rank's output of this step, in rank order.
+        """The output of this step of every rank, or of those that the plan has it from, in rank order.
 
         Raises:
             ScheduleMismatchError: a layer of the plan never ran.

@@ -88,7 +88,7 @@ class Operation:
     def reads_neighbours(self) -> bool:
         """Whether it is a convolution that reads other positions than its own.
 
-        One without parents reads the latent itself, which every rank has whole: it needs no exchange.
+        One without parents reads the latent itself: it needs no exchange where every rank has the whole latent.
         """
         return self.geometry is not None and not self.geometry.is_pointwise
 

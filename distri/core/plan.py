@@ -90,8 +90,8 @@ class Exchange:
 class Plan:
     """One run, for any backend. `hash` covers every other field.
 
-    latent_layers: the convolutions that read the latent itself, which every rank has whole. pattern: `neighbours`, as
-    distri runs it, or `gather_all`, as the reference implementation does (halos and moments gathered by every rank).
+    latent_layers: the convolutions that read the latent itself, where every rank has it whole. pattern: `neighbours`,
+    as distri runs it, or `gather_all`, as the reference implementation does (halos and moments gathered by every rank).
     """
 
     schema_version: int
@@ -131,6 +131,11 @@ class Plan:
             if exchange.kind is not ExchangeKind.OUTPUT
             for phase in Phase
         )
+
+    @property
+    def keeps_latent_on_patch(self) -> bool:
+        """Whether each rank has only its patch of the latent between steps (`distri.core.latent`)."""
+        return self.policy.policy(ExchangeKind.OUTPUT, Phase.STEADY, "output") is Policy.LOCAL
 
     @property
     def turns(self) -> tuple[Plan, ...]:

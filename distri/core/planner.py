@@ -13,6 +13,7 @@ from typing import Any
 
 from distri.core import traffic
 from distri.core.graph import LayerGraph, Operation
+from distri.core.latent import LatentPlace, obstacles, table_on_patch
 from distri.core.mesh import Mesh
 from distri.core.ops.conv2d import ConvGeometry
 from distri.core.ops.group_norm import NUM_MOMENTS
@@ -43,7 +44,10 @@ SENDS_NOTHING = (Policy.LOCAL, Policy.FROZEN)
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a user asks for. `cfg_split` None means: split the guidance branches if there are ranks for it."""
+    """What a user asks for. `cfg_split` None means: split the guidance branches if there are ranks for it.
+
+    latent: where it lies between steps; with one patch there is no difference.
+    """
 
     image: ImageRequest
     num_ranks: int
@@ -57,6 +61,7 @@ class PlanRequest:
     layers_per_bucket: int = LAYERS_PER_BUCKET
     pattern: str = "neighbours"
     refresh: RefreshRule | None = None
+    latent: LatentPlace = LatentPlace.WHOLE
 
 
 def reference_of(graph: LayerGraph) -> ModelReference:
@@ -85,11 +90,22 @@ def make_plan(request: PlanRequest, graph: LayerGraph) -> Plan:
         SCHEMA_VERSION, model, request.image, request.dtype, mesh, partition, warmup, request.refresh,
         request.policy, request.pattern, latent_layers(graph), (), (), (), (),
     )  # fmt: skip
+    if request.latent is LatentPlace.PATCH and mesh.patch > 1:
+        draft = _with_latent_on_patch(draft, graph)
     exchanges = _bucketed(list_exchanges(draft, graph), request.layers_per_bucket)
     full = dataclasses.replace(draft, exchanges=exchanges)
+    for obstacle in obstacles(full):
+        raise PlanError(obstacle)
     if moves_what_is_kept(full):
         raise PlanError(PATCHES_MOVE)
     return sealed(full, graph)
+
+
+def _with_latent_on_patch(draft: Plan, graph: LayerGraph) -> Plan:
+    """`draft` for a latent that stays on its patch; where no layer is attached, none reads beyond its patch."""
+    is_attached = dataclasses.replace(draft, exchanges=list_exchanges(draft, graph)).is_attached
+    table = table_on_patch(draft.policy, latent_layers(graph) if is_attached else ())
+    return dataclasses.replace(draft, policy=table, latent_layers=())
 
 
 def moves_what_is_kept(plan: Plan) -> bool:
@@ -111,11 +127,16 @@ def sealed(plan: Plan, graph: LayerGraph) -> Plan:
 
 def received_per_step(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Elements and bytes that each rank receives at one step of the steady phase."""
-    moving = [e for e in plan.exchanges if e.steady not in SENDS_NOTHING]
+    moving = [e for e in plan.exchanges if is_sent(e)]
     places = [plan.mesh.patch_of(rank) for rank in range(plan.mesh.size)]
     elements = tuple(sum(e.elements_received[place] for e in moving) for place in places)
     sizes = tuple(sum(e.bytes_received[place] for e in moving) for place in places)
     return elements, sizes
+
+
+def is_sent(exchange: Exchange) -> bool:
+    """Whether it sends anything in the steady phase; what a local output sends is in its figures."""
+    return exchange.kind is ExchangeKind.OUTPUT or exchange.steady not in SENDS_NOTHING
 
 
 def plan_hash(plan: Plan) -> str:
@@ -204,16 +225,22 @@ def list_exchanges(plan: Plan, graph: LayerGraph) -> tuple[Exchange, ...]:
     """Every exchange of one forward pass, in execution order, the gather of the output last."""
     found = []
     if plan.mesh.patch > 1:
-        found = [_exchange(plan, operation) for operation in graph.exchanging]
+        found = [_exchange(plan, operation) for operation in _exchanging(plan, graph)]
     rows, cols = plan.latent.rows.size, plan.latent.cols.size
     shape = (plan.batch_per_rank, plan.model.latent_channels, rows, cols)
     found.append(_make_exchange(plan, len(graph), "output", ExchangeKind.OUTPUT, shape, 1, None, plan.dtype))
     return tuple(found)
 
 
+def _exchanging(plan: Plan, graph: LayerGraph) -> tuple[Operation, ...]:
+    """The operations that need an exchange; those that read the latent do where no rank has the whole of it."""
+    if not plan.keeps_latent_on_patch:
+        return graph.exchanging
+    return tuple(operation for operation in graph if operation.exchange or operation.reads_neighbours)
+
+
 def _exchange(plan: Plan, operation: Operation) -> Exchange:
-    kind = operation.exchange
-    assert kind is not None
+    kind = operation.exchange or ExchangeKind.HALO
     whole = Extent(plan.batch_per_rank, TEXT_TOKENS, plan.latent)
     level = operation.level or 1
     shape = whole.shape(operation.inputs[0])
@@ -282,6 +309,8 @@ def reception(
 
     Messages that do not travel every step count with their share of a step, rounded up.
     """
+    if exchange.kind is ExchangeKind.OUTPUT and exchange.steady is Policy.LOCAL:
+        return _reception_of_partner(plan, exchange)
     parts = plan.mesh.patch
     sources: list[list[int]] = [[] for _ in range(parts)]
     elements, sizes = [0] * parts, [0] * parts
@@ -296,6 +325,16 @@ def reception(
         elements = [count + whole for count in elements]
         sizes = [size + whole * DTYPE_BYTES[exchange.dtype] for size in sizes]
     return tuple(tuple(dict.fromkeys(found)) for found in sources), tuple(elements), tuple(sizes)
+
+
+def _reception_of_partner(
+    plan: Plan, output: Exchange
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[int, ...]]:
+    """What each patch receives of a local output: the same patch of the other guidance branch, if there is one."""
+    depth = output.shape[0] * output.shape[1] * (plan.mesh.cfg - 1)
+    elements = tuple(depth * patch.area for patch in plan.partition.patches)
+    size = DTYPE_BYTES[output.dtype]
+    return ((),) * plan.mesh.patch, elements, tuple(count * size for count in elements)
 
 
 def _bucketed(exchanges: tuple[Exchange, ...], layers_per_bucket: int) -> tuple[Exchange, ...]:

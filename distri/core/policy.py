@@ -35,7 +35,8 @@ class Policy(str, Enum):
     FRESH: wait for this step's value. STALE: use the previous step's. CORRECTED: GroupNorm only, the previous step's
     moments of the others with this rank's own change applied. SHIFTED: GroupNorm only, the previous step's global
     moments moved by this rank's own change, as if all had changed alike. EXTRAPOLATED: carried forward to this step
-    from the last three versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no remote data.
+    from the last three versions. FROZEN: the last warm-up step's value, nothing is sent. LOCAL: no remote data; an
+    output that is local still reaches the rank of the other guidance branch that has the same patch.
     """
 
     FRESH = "fresh"
@@ -93,8 +94,10 @@ class PolicyRule:
             raise PolicyError(
                 f"codec {self.codec.value!r} is for halo and context that are read one step late"
             )
-        if self.kind is ExchangeKind.OUTPUT and self.policy is not Policy.FRESH:
-            raise PolicyError("the output is gathered fresh at every step")
+        if self.kind is ExchangeKind.OUTPUT and self.policy not in (Policy.FRESH, Policy.LOCAL):
+            raise PolicyError(
+                "the output is gathered fresh at every step, or is local where the latent stays on its patch"
+            )
 
 
 @dataclass(frozen=True)

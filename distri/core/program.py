@@ -4,7 +4,7 @@
     publish   hand this rank's value of one exchange over; its message leaves when its bucket's last value has come, or,
               if that can wait (`held_buckets`), when the next step begins
     await     have the other ranks' values of one exchange, of exactly one version
-    gather    have every rank's output
+    gather    have every rank's output, or, where the latent stays on its patch, that of the guidance partner
 
 Each exchange is published and awaited just before the operation that reads it; so the order below is the order in
 which a real model's layers run, and a backend checks the one against the other at the first step.

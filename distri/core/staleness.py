@@ -17,7 +17,8 @@ The contract, for step t counted from 0. A rank always sees its own value of ver
     local        nothing           nothing
 
 never an older version, never a mixture, never half a tensor. A late message is waited for, not skipped; so a run is a
-function of its plan and its inputs, whatever the network does.
+function of its plan and its inputs, whatever the network does. (A local output still goes to the same patch's rank of
+the other guidance branch, which has it in its own step t: both halves make one latent.)
 """
 
 from __future__ import annotations

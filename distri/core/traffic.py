@@ -5,7 +5,8 @@ moments  along the line of patches: patch i receives from i-1 the merged moments
          those of all patches after it, and passes both on with its own merged in. Two messages, however many ranks;
          the ends of the line receive one.
 context  every patch's keys and values go to every other patch: the only traffic that grows with the number of ranks.
-output   every rank's result goes to every rank, of both guidance branches.
+output   every rank's result goes to every rank, of both guidance branches; a `local` one goes from a branch to the
+         other, to the rank of the same patch, and nowhere where the branches are not split.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from functools import lru_cache
 from math import prod
 
 from distri.core.codec import Codec, payload_bytes
+from distri.core.mesh import Mesh
 from distri.core.ops.conv2d import ConvGeometry, halo_pieces
 from distri.core.plan import DTYPE_BYTES, Exchange
-from distri.core.policy import ExchangeKind
+from distri.core.policy import ExchangeKind, Policy
 from distri.core.shape import Rect
 
 
@@ -39,6 +41,13 @@ class Message:
 def messages_of(exchange: Exchange, patches: tuple[Rect, ...]) -> tuple[Message, ...]:
     """The messages of one of a plan's exchanges."""
     return messages(exchange.kind, exchange.shape, exchange.level, exchange.geometry, patches)
+
+
+def output_ranks(mesh: Mesh, output: Exchange, rank: int) -> tuple[int, ...]:
+    """The ranks whose output reaches `rank`, its own included, in rank order."""
+    if output.steady is not Policy.LOCAL:
+        return tuple(range(mesh.size))
+    return tuple(mesh.rank_of(branch, mesh.patch_of(rank)) for branch in range(mesh.cfg))
 
 
 def message_bytes(exchange: Exchange, message: Message, coded: bool = True) -> int:

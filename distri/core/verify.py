@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from distri.core.graph import LayerGraph
+from distri.core.latent import obstacles
 from distri.core.partition import check_image_size
 from distri.core.plan import DTYPE_BYTES, SCHEMA_VERSION, Exchange, Plan
 from distri.core.planner import (
     PATCHES_MOVE,
+    latent_layers,
     list_exchanges,
     macs_per_device,
     moves_what_is_kept,
@@ -22,7 +24,7 @@ from distri.core.planner import (
     reception,
     reference_of,
 )
-from distri.core.policy import READS_LATE, ExchangeKind, Phase
+from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy
 from distri.core.program import InstructionKind, is_published, step_program, travels_in_bucket
 from distri.core.shape import Rect
 from distri.errors import PartitionError, PlanError
@@ -56,8 +58,22 @@ def verify_against(plan: Plan, graph: LayerGraph) -> None:
         )
     if [_demand(e) for e in plan.exchanges] != [_demand(e) for e in list_exchanges(plan, graph)]:
         raise PlanError("the plan's exchanges are not those of its model")
+    for finding in _latent_is_read_fresh(plan, graph):
+        raise PlanError(finding)
     if plan.macs_per_device != macs_per_device(plan, graph):
         raise PlanError("the plan's MACs per device do not follow from its model")
+
+
+def _latent_is_read_fresh(plan: Plan, graph: LayerGraph) -> Iterator[str]:
+    """What reads the latent itself has this step's: cut from the whole, or the neighbours' rows by a fresh halo."""
+    layers = latent_layers(graph)
+    if plan.latent_layers != (() if plan.keeps_latent_on_patch else layers):
+        yield "the plan's layers that read the whole latent are not those of its model"
+    if not plan.keeps_latent_on_patch or not plan.is_attached:
+        return
+    for exchange in (plan.by_layer[layer] for layer in layers):
+        if (exchange.warmup, exchange.steady) != (Policy.FRESH, Policy.FRESH):
+            yield f"{exchange.layer} reads the latent, of which only this step's version is right; it must be fresh"
 
 
 def _demand(exchange: Exchange) -> tuple[object, ...]:
@@ -145,6 +161,14 @@ def policies_follow_table(plan: Plan) -> Iterator[str]:
             yield f"{e.layer}: its policies differ from the plan's table"
 
 
+def latent_has_a_place(plan: Plan) -> Iterator[str]:
+    """The latent is whole on every rank, or stays on its patch in both phases and can."""
+    output = plan.exchanges[-1]
+    if output.warmup is not output.steady:
+        yield "the output is local in one phase and gathered in the other; the latent lies in one place"
+    yield from obstacles(plan)
+
+
 def reads_are_published(plan: Plan) -> Iterator[str]:
     """Every awaited version was published: earlier, or just before by all ranks. So no rank waits for ever."""
     if plan.mesh.patch == 1:
@@ -202,6 +226,7 @@ RULES: tuple[Rule, ...] = (
     patches_tile,
     exchanges_are_ordered,
     policies_follow_table,
+    latent_has_a_place,
     reads_are_published,
     buckets_are_whole,
     figures_follow,

@@ -53,6 +53,16 @@ def check_latent(sample_BCHW: Tensor, plan: Plan) -> None:
         )
 
 
+def check_residuals(arguments: Mapping[str, Any], plan: Plan) -> None:
+    """Hold that nothing beside the denoiser reads the latent at every step, if no rank has the whole of it.
+
+    Raises:
+        PlanError: a ControlNet takes part, which does.
+    """
+    if plan.keeps_latent_on_patch and arguments.get("mid_block_additional_residual") is not None:
+        raise PlanError("a ControlNet reads the whole latent at every step; use --latent whole")
+
+
 def branch_of(value: Any, plan: Plan, context: RankContext, name: str) -> Any:
     """The part of `value` that belongs to this rank's guidance branch.
 

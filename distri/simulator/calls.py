@@ -2,8 +2,9 @@
 
 `neighbours` is distri's own pattern, as the torch backend sends it: what travels together is one batch of messages.
 Contexts go straight to all ranks of the guidance branch, halos to the ranks that read them, moments along the line of
-patches, the output to all ranks. `gather_all` is the published implementation's: what travels together is one
-all-gather, halos and moments included, and the received parts are moved out of a staging buffer one by one.
+patches, the output to all ranks (a local one to the guidance partner). `gather_all` is the published implementation's:
+what travels together is one all-gather, halos and moments included, and the received parts are moved out of a staging
+buffer one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from distri.core.plan import DTYPE_BYTES, Exchange
-from distri.core.policy import READS_LATE, ExchangeKind, Reach
+from distri.core.policy import READS_LATE, ExchangeKind, Policy, Reach
 from distri.core.shape import Rect
 from distri.core.traffic import Message, message_bytes, messages_of
 from distri.simulator.collective import CollectiveCost, CollectiveModel
@@ -73,6 +74,8 @@ class CallFactory:
         first = members[0]
         if self._is_reference:
             return self.call(slot, label, stream, is_late, self._gathered(members, is_late, is_blocking))
+        if first.kind is ExchangeKind.OUTPUT and first.steady is Policy.LOCAL:
+            return self._between_partners(slot, label, stream, first)
         everybody = first.kind is ExchangeKind.OUTPUT
         spread = [e for e in members if e.kind in _SPREAD and e.reach not in resting]
         groups: tuple[Group, ...] = ()
@@ -87,8 +90,23 @@ class CallFactory:
         sent, received = self._payload(spread, is_late, hops)
         return Call(slot, label, stream, is_late, groups, hops, sent, received, self._ranks)
 
+    def _between_partners(self, slot: int, label: str, stream: int, output: Exchange) -> Call:
+        """A local output: each rank's goes to the rank of the same patch in the other guidance branch."""
+        hops = tuple(
+            self._hop(ranks, pair, size, -1, is_blocking=True)
+            for ranks, size in zip(
+                zip(*self.branches, strict=True), self._shares(output, is_late=False), strict=True
+            )
+            for pair in ((0, 1), (1, 0))
+        )
+        sent, received = self._payload((), is_late=False, hops=hops)
+        return Call(slot, label, stream, False, (), hops, sent, received, self._ranks)
+
     def _next_latent_ns(self, output: Exchange) -> int:
-        """What follows the gathered output: rank 0 tells all ranks the next latent, after two words on its shape."""
+        """What follows what all ranks gather: rank 0 tells them the next latent, after two words on its shape.
+
+        That of the next step; or, behind a latent that was gathered because it stayed on its patches, the next image's.
+        """
         if len(self._ranks) == 1:
             return 0
         latent = sum(self._shares(output, is_late=False)) * len(self.branches)

@@ -20,6 +20,7 @@ import numpy as np
 
 from distri.core.codec import Codec
 from distri.core.graph import LayerGraph
+from distri.core.latent import latent_exchange
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, Reach
 from distri.core.program import awaited_version, held_buckets, is_published, travels_in_bucket
@@ -184,7 +185,8 @@ class PlanLowering:
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """What the call of each slot is called."""
-        labels = [""] * (2 * len(self.lowering.graph) + 2)
+        labels = [""] * (2 * len(self.lowering.graph) + 4)
+        labels[slot_of(latent_exchange(self.plan), None)] = "latent"
         for exchange in self.plan.exchanges:
             labels[slot_of(exchange, None)] = exchange.layer
             if exchange.bucket is not None:
@@ -245,15 +247,16 @@ class PlanLowering:
         plan = self.plan
         chosen = tuple(decisions[serving] for serving in self._servings)
         resting = self.resting(step)
+        ends_image = plan.keeps_latent_on_patch and step == plan.image.num_inference_steps - 1
         has_buckets = any(d.is_late or d.wait is WaitKind.LAST_BUCKET for d in chosen)
         key = (
             plan.mesh, plan.partition.patches, plan.batch_per_rank, plan.dtype, plan.pattern, self.layers, chosen,
             tuple((e.bucket, e.codec, e.reach) for e in plan.exchanges) if has_buckets else (),
-            self.runs_text(step), resting, self.phases[step],
+            self.runs_text(step), resting, self.phases[step], ends_image,
         )  # fmt: skip
         kept = self.lowering.templates
         if key not in kept:
-            builder = StepBuilder(self, chosen, resting, self._prefix_sums(step, chosen))
+            builder = StepBuilder(self, chosen, resting, self._prefix_sums(step, chosen), ends_image)
             kept[key] = builder.build("warm-up" if self.phases[step] is Phase.WARMUP else "steady")
         return kept[key]
 

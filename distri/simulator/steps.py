@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from distri.core.latent import latent_exchange
 from distri.core.plan import Exchange
 from distri.core.policy import ExchangeKind, Reach
 from distri.simulator.costs import Nanoseconds, OperationTimes, to_ns
@@ -52,12 +53,14 @@ class StepBuilder:
         chosen: tuple[Decision, ...],
         resting: frozenset[Reach],
         sums: list[tuple[Nanoseconds, Nanoseconds, OperationTimes]],
+        ends_image: bool = False,
     ) -> None:
         self._lowering = lowering
         self._plan = lowering.plan
         self._chosen = chosen
         self._resting = resting
         self._sums = sums
+        self._ends_image = ends_image
         self._actions: list[Action] = []
         self._done = 0
         self._reached = 0
@@ -88,6 +91,7 @@ class StepBuilder:
         waited = {action.slot for action in waits if action.lag == 0}
         is_closed = self._posted <= waited and all(action.lag == 0 for action in waits)
         ends_together = not (self._lowering.joins_steps and self._members) or self._plan.mesh.cfg == 1
+        ends_together = ends_together and (not self._plan.keeps_latent_on_patch or self._ends_image)
         return StepTemplate(name, tuple(self._actions), is_closed and ends_together)
 
     def _publish(self, exchange: Exchange, decision: Decision) -> None:
@@ -108,9 +112,13 @@ class StepBuilder:
     def _gather(self, exchange: Exchange) -> None:
         self._reached = len(self._lowering.lowering.graph)
         self._flush()
-        if self._plan.mesh.size > 1:
-            self._post([exchange], None, is_late=False)
-            self._wait(slot_of(exchange, None), 0)
+        gathered = [exchange] if self._plan.mesh.size > 1 else []
+        if self._plan.keeps_latent_on_patch:
+            gathered = [exchange] if self._plan.mesh.cfg == 2 else []
+            gathered += [latent_exchange(self._plan)] if self._ends_image else []
+        for output in gathered:
+            self._post([output], None, is_late=False)
+            self._wait(slot_of(output, None), 0)
 
     def _post_rest(self) -> None:
         """What leaves when the step is over."""

@@ -13,9 +13,9 @@ the message it passes on has arrived. A rank's part of a call ends with the last
 1000 parts where they otherwise progress by 1000 + `slowdown` parts. With a host lane, kernels start no earlier than
 the host has issued them; the host begins a step when the step before it is over on its rank.
 
-Double buffers: version t may overwrite version t - 2 at its reader, who read that at step t - 1; every step ends with
-the gather of the output, so all ranks have finished step t - 1 before any publishes version t. The order holds by
-itself and costs no task.
+Double buffers: version t may overwrite version t - 2 at its reader, who read that at step t - 1. It is received only
+when its reader has come to step t itself, so the order holds by itself and costs no task; most steps end with the
+gather of the output besides, so that all ranks have finished step t - 1 before any publishes version t.
 """
 
 from __future__ import annotations

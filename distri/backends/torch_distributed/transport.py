@@ -25,6 +25,7 @@ from distri.core.policy import ExchangeKind
 from distri.core.program import held_buckets
 from distri.core.shape import Rect
 from distri.core.staleness import check_version, version_from
+from distri.core.traffic import output_ranks
 from distri.errors import RunError, ScheduleMismatchError
 
 
@@ -108,7 +109,8 @@ class TorchTransport:
         self._share_users: dict[tuple[str, int], Ticket] = {}
         self._placed: dict[str, int] = {}
         self._gather: Ticket | None = None
-        self._outputs: dict[tuple[Rect, ...], _Output] = {}
+        self._last_fresh: Ticket | None = None
+        self._outputs: dict[tuple[str, tuple[Rect, ...]], _Output] = {}
 
     @property
     def position(self) -> str:
@@ -159,6 +161,7 @@ class TorchTransport:
             ticket = self._dispatch(
                 self._links.urgent, self._links.urgent_wire, (route.key,), slot, False, None
             )
+            self._last_fresh = ticket
             self._hold(route, version, slot, ticket, is_late=False)
             return
         if bucket not in self._open:
@@ -193,18 +196,25 @@ class TorchTransport:
         return [self.arena.whole[route.key, slot]]
 
     def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
-        """Every rank's output of this version, in rank order; the others' are valid until the next gather."""
+        """The outputs of this version that this rank has in the end, in rank order; valid until the next gather."""
         self._step, self._layer = version, exchange.layer
         for bucket in sorted(self._open.keys() - self._can_wait):
             self._flush(bucket)
         if self.plan.mesh.size == 1:
             return [own]
-        patches = self.plan.partition.at_step(version)
-        if patches not in self._outputs:
-            self._outputs[patches] = _Output(self.plan, patches, self.rank, own, self.device)
-        output = self._outputs[patches]
         if isinstance(self._gather, StreamTicket):
             self._gather.wait_on_host(self._links.alarm, self._links.timeout_s)
+        ranks = output_ranks(self.plan.mesh, exchange, self.rank)
+        if ranks == (self.rank,):
+            self._gather = (
+                self._last_fresh
+            )  # the host stays within a step of the device, as it does where it gathers
+            self._step, self._layer = version + 1, ""
+            return [own]
+        key = exchange.layer, self.plan.partition.at_step(version)
+        if key not in self._outputs:
+            self._outputs[key] = _Output(self.plan, key[1], ranks, self.rank, own, self.device)
+        output = self._outputs[key]
         output.pack(own, self.who)
         wire = self._links.world_wire
         self._gather = self._links.urgent.submit(lambda: wire.exchange(output.sends, output.receives))
@@ -324,19 +334,25 @@ class TorchTransport:
 
 
 class _Output:
-    """Buffers of the gather: each rank's patch of the result, for both guidance branches."""
+    """Buffers of the gather: the patch of each of `ranks`, for both guidance branches."""
 
     def __init__(
-        self, plan: Plan, patches: tuple[Rect, ...], rank: int, own: Tensor, device: torch.device
+        self,
+        plan: Plan,
+        patches: tuple[Rect, ...],
+        ranks: tuple[int, ...],
+        rank: int,
+        own: Tensor,
+        device: torch.device,
     ) -> None:
         self._rank = rank
         batch, channels = own.shape[:2]
         with torch.inference_mode(False):
-            self._patches = [
-                torch.zeros((batch, channels, p.rows.size, p.cols.size), dtype=own.dtype, device=device)
-                for p in (patches[plan.mesh.patch_of(r)] for r in range(plan.mesh.size))
-            ]
-        others = [r for r in range(plan.mesh.size) if r != rank]
+            self._patches = {
+                r: torch.zeros((batch, channels, p.rows.size, p.cols.size), dtype=own.dtype, device=device)
+                for r, p in ((r, patches[plan.mesh.patch_of(r)]) for r in ranks)
+            }
+        others = [r for r in ranks if r != rank]
         self.sends: list[Addressed] = [(self._patches[rank], r) for r in others]
         self.receives: list[Addressed] = [(self._patches[r], r) for r in others]
 
@@ -350,8 +366,8 @@ class _Output:
         place.copy_(own.detach())
 
     def results(self, own: Tensor) -> list[Tensor]:
-        """All ranks' outputs, in rank order; this rank's is the tensor it gave."""
-        return [own if r == self._rank else patch for r, patch in enumerate(self._patches)]
+        """All outputs, in rank order; this rank's is the tensor it gave."""
+        return [own if r == self._rank else patch for r, patch in self._patches.items()]
 
 
 def _shapes(tensors: Sequence[Tensor]) -> str:
