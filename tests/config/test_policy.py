@@ -82,6 +82,7 @@ RULE = "{kind: halo, phase: steady, policy: stale"
             "'corrected' is for moments, not for halo",
         ),
         ("rules:\n- {kind: output, phase: steady, policy: stale}", "the output is gathered fresh"),
+        ("rules:\n- {kind: output, phase: steady, policy: local}", "no rule's business; use --latent patch"),
         (f"rules:\n- {RULE}, codec: zip}}", r"rules\[0\].codec: Input should be 'none'"),
         (
             f"rules:\n- {RULE}, layers: 'mid_blok.*'}}",

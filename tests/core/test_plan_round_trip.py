@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from distri.config.plan import dump_plan, parse_plan
 from distri.core.codec import Codec
 from distri.core.graph import LayerGraph
+from distri.core.latent import LatentPlace
 from distri.core.partition import SplitAxis
 from distri.core.plan import DTYPE_BYTES, ImageRequest
 from distri.core.planner import PlanRequest, make_plan, plan_hash
@@ -70,6 +71,7 @@ requests = st.builds(
     weights=st.none() | st.lists(st.fractions(Fraction(1, 9), 9), min_size=1, max_size=6).map(tuple),
     dtype=st.sampled_from(list(DTYPE_BYTES)),
     layers_per_bucket=st.integers(1, 5),
+    latent=st.sampled_from(list(LatentPlace)),
 )
 
 
