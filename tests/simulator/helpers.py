@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from distri.config.hardware import load_cluster
 from distri.core.graph import LayerGraph
+from distri.core.latent import LatentPlace
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import policy_table
@@ -20,6 +21,7 @@ from distri.simulator.tasks import TaskList
 
 POLICIES = ("corrected", "stale", "fresh", "sync_gn", "separate_gn", "no_sync", "naive_patch", "extrapolated")
 PATTERNS = ("neighbours", "gather_all")
+PLACES = tuple(LatentPlace)
 
 
 @cache
@@ -68,12 +70,14 @@ def tasks_of(plan: Plan, hardware: str = "a100-sxm", options: SimulationOptions 
 def plans(draw: st.DrawFn) -> Plan:
     """Plans that differ in everything that the simulator's schedule depends on."""
     num_ranks = draw(st.sampled_from((2, 4, 8)))
+    pattern = draw(st.sampled_from(PATTERNS))
     return plan_of(
         num_ranks,
         draw(st.sampled_from(POLICIES)),
-        draw(st.sampled_from(PATTERNS)),
+        pattern,
         steps=draw(st.sampled_from((1, 2, 4, 9, 25))),
         warmup_steps=draw(st.integers(1, 4)),
         cfg_split=draw(st.booleans()),
         layers_per_bucket=draw(st.sampled_from((1, 7, 60))),
+        latent=draw(st.sampled_from(PLACES)) if pattern == "neighbours" else LatentPlace.WHOLE,
     )

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distri.core.latent import LatentPlace
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
@@ -60,6 +61,41 @@ def test_a_steady_step_receives_what_the_plan_says(policy: str, num_ranks: int) 
     template = tasks_of(plan).template_of(6)
     received = [sum(call.received_bytes[rank] for call in template.calls) for rank in range(num_ranks)]
     assert received == list(plan.bytes_received_per_step)
+
+
+@pytest.mark.parametrize("policy", ["corrected", "fresh", "naive_patch", "int8"])
+@pytest.mark.parametrize(("num_ranks", "cfg_split"), [(3, False), (4, True)])
+def test_a_latent_on_its_patch_is_gathered_once_and_else_only_partners_meet(
+    policy: str, num_ranks: int, cfg_split: bool
+) -> None:
+    plan = plan_of(num_ranks, policy, cfg_split=cfg_split, latent=LatentPlace.PATCH)
+    tasks = tasks_of(plan)
+    template, last = tasks.template_of(6), tasks.template_of(plan.image.num_inference_steps - 1)
+    received = [sum(call.received_bytes[rank] for call in template.calls) for rank in range(num_ranks)]
+    assert received == list(plan.bytes_received_per_step)
+    outputs = [call for call in template.calls if call.label == "output"]
+    pairs = {(hop.source, hop.reader) for call in outputs for hop in call.hops}
+    assert pairs == ({(0, 2), (2, 0), (1, 3), (3, 1)} if cfg_split else set())
+    assert not any(call.groups for call in outputs)
+    assert not template.is_closed
+    (gathered,) = [call for call in last.calls if call.label == "latent"]
+    assert not any(call.label == "latent" for call in template.calls)
+    own = 2 * plan.image.num_images * 4 * plan.partition.patches[0].area
+    whole = 2 * plan.image.num_images * 4 * plan.latent.area * plan.mesh.cfg
+    assert gathered.received_bytes[0] == whole - own
+    assert isinstance(last.actions[-1], Wait)
+
+
+def test_what_reads_the_latent_waits_for_its_neighbours_where_no_rank_has_the_whole() -> None:
+    labels = [call.label for call in tasks_of(plan_of(4, latent=LatentPlace.PATCH)).template_of(6).calls]
+    assert labels[0] == "conv_in"
+    assert "conv_in" not in [call.label for call in tasks_of(plan_of(4)).template_of(6).calls]
+
+
+def test_sparing_the_gather_saves_time_where_a_link_is_slow() -> None:
+    lowering = lowering_of("rtx4090")
+    times = {place: lowering.latency_ns(plan_of(4, size=1024, latent=place)) for place in LatentPlace}
+    assert times[LatentPlace.PATCH] < times[LatentPlace.WHOLE]
 
 
 def test_a_bucket_leaves_with_its_last_member_or_when_the_output_is_there() -> None:
