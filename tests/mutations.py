@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
 from distri.backends.in_process import InProcessBackend
 from distri.core.codec import Codec
+from distri.core.latent import LatentPlace
 from distri.core.partition import SplitAxis
-from distri.core.policy import READS_LATE, Policy
+from distri.core.policy import READS_LATE, ExchangeKind, Phase, Policy, PolicyRule
 from distri.core.shape import Band, Rect
 from distri.core.verify import verify
 from distri.nn import codec as codec_module
@@ -31,6 +33,8 @@ from distri.session import Session
 from tests.core.test_exchanger_machine import ExchangerMachine
 from tests.nn.test_reconstruction import Ranks, largest_error, plan_of, sums_of, toy_plan_in, walk
 from tests.test_oracle import expected
+from tests.test_sampling import draw_on_ranks, plan_on_patch
+from tests.test_sampling import expected as on_one_device
 from tests.toys import ToyShape, inputs_of, run_single, toy, toy_plan
 
 MODEL, GRAPH = toy(ToyShape(kernel=(5, 3), stride=2))
@@ -169,6 +173,18 @@ def both_ends_keep_the_same_sums():
         before = {e.layer: sums_of(driven.ends[0], e) for e in driven.exchanges}
 
 
+def a_latent_on_its_patch_changes_nothing():
+    for policy in ("corrected", "fresh"):
+        whole, patch = (run(plan_for(policy, latent=place))[0] for place in LatentPlace)
+        assert all(torch.equal(a, b) for a, b in zip(patch, whole, strict=True))
+
+
+def every_rank_ends_with_the_whole_latent():
+    plan = plan_on_patch(2)
+    (wanted,) = on_one_device(DDIMScheduler(), plan)
+    assert all(torch.equal(arrived, wanted) for (arrived,) in draw_on_ranks(DDIMScheduler(), plan))
+
+
 LAWS: tuple[Callable[[], None], ...] = (
     plans_can_be_trusted,
     exchanges_keep_the_contract,
@@ -182,6 +198,8 @@ LAWS: tuple[Callable[[], None], ...] = (
     fresh_is_the_single_device,
     steps_are_what_the_oracle_says,
     a_second_image_knows_nothing_of_the_first,
+    a_latent_on_its_patch_changes_nothing,
+    every_rank_ends_with_the_whole_latent,
 )
 """The quick ones first."""
 
@@ -214,6 +232,14 @@ def version_shifted(change):
         return broken
 
     return make
+
+
+def latent_read_late(sound):
+    def broken(table, layers):
+        late = tuple(PolicyRule(ExchangeKind.HALO, Phase.STEADY, Policy.STALE, layer) for layer in layers)
+        return sound(table, layers).with_rules(late)
+
+    return broken
 
 
 def frozen_at_the_first_step(sound):
@@ -492,6 +518,17 @@ CARRY = (f"{NN}.reconstruction:carry_forward",)
 CARRY_MOMENTS = (f"{NN}.reconstruction:carry_moments_forward",)
 
 MUTATIONS = (
+    Mutation("latent: read one step late", ("distri.core.planner:table_on_patch",), latent_read_late),
+    Mutation(
+        "latent: not gathered at the end",
+        ("distri.sampling:PatchSampler._gathered",),
+        lambda sound: lambda self, own: self._among_zeros(own),
+    ),
+    Mutation(
+        "latent: each rank's own noise",
+        ("tests.test_sampling:OneRank.broadcast",),
+        lambda sound: lambda self, value: (sound(self, value), value)[1],
+    ),
     Mutation("version: t-2 instead of t-1", REQUIRED, version_shifted(lambda v, *_: max(0, v - 1))),
     Mutation("version: fresh instead of stale", REQUIRED, version_shifted(lambda v, step, _: step)),
     Mutation("version: frozen at step 0", REQUIRED, frozen_at_the_first_step),

@@ -7,12 +7,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from distri.backends.in_process import InProcessBackend
+from distri.checkpoint import ResumePoint
+from distri.core.latent import LatentPlace
 from distri.core.plan import ImageRequest
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import policy_table
 from distri.errors import ModelError, PlanError, ScheduleMismatchError
 from distri.models.load import graph_of
-from distri.session import Session
+from distri.session import Safeguards, Session
 
 TOLERANCE = 1e-4
 
@@ -36,9 +38,9 @@ def unet() -> UNet2DConditionModel:
     ).eval()
 
 
-def plan_for(unet, num_ranks, rows=32, cols=16, policy="fresh", cfg_split=False, steps=2):
+def plan_for(unet, num_ranks, rows=32, cols=16, policy="fresh", cfg_split=False, steps=2, **more):
     image = ImageRequest(rows * 8, cols * 8, steps)
-    request = PlanRequest(image, num_ranks, cfg_split, policy_table(policy), 1, dtype="float32")
+    request = PlanRequest(image, num_ranks, cfg_split, policy_table(policy), 1, dtype="float32", **more)
     return make_plan(request, graph_of(unet, "tiny"))
 
 
@@ -89,6 +91,26 @@ def test_a_residual_of_no_level_is_refused(unet):
     plan = plan_for(unet, 2)
     with pytest.raises(PlanError, match="belongs to no level"):
         list(both(unet, plan, mid_block_additional_residual=torch.zeros(2, 32, 5, 3)))
+
+
+def test_a_latent_on_its_patch_gives_the_same_bits_and_no_controlnet(unet):
+    whole, patch = (plan_for(unet, 3, policy="corrected", steps=4, latent=place) for place in LatentPlace)
+    for (ours, _), (theirs, _) in zip(both(unet, patch), both(unet, whole), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(
+        PlanError, match="a ControlNet reads the whole latent at every step; use --latent whole"
+    ):
+        list(both(unet, patch, mid_block_additional_residual=torch.zeros(2, 32, 8, 4)))
+
+
+def test_a_latent_on_its_patch_leaves_no_output_to_keep(unet):
+    plan = plan_for(unet, 2, latent=LatentPlace.PATCH)
+    start = ResumePoint(1, (), None)
+    with (
+        Session(unet, InProcessBackend(plan)) as session,
+        pytest.raises(PlanError, match="plan with --latent whole, or run without checkpoints"),
+    ):
+        session.guard(Safeguards(start=start))
 
 
 def test_lora_layers_stay_and_take_part(unet):

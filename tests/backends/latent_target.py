@@ -1,4 +1,4 @@
-"""What the ranks of `test_latent_on_patch` run: the demo pipeline by several plans, each rank from a seed of its own."""
+"""What the ranks of `test_latent_on_patch` run: the demo pipeline by several plans, each from a seed of its own."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def draw_cases(cases: list[dict[str, Any]], report: Any) -> list[dict[str, Any]]
         mine, latents, steps = draw(pipe, plan, backend, case, SEEDS_APART * rank)
         stats = backend.transport(rank).stats
         others = [p for p in range(plan.mesh.patch) if p != plan.mesh.patch_of(rank)]
-        moved = {p for p in others for late in latents[1:-1] if not torch.equal(*_cut(plan, p, latents[0], late))}
+        moved = {
+            p for p in others for late in latents[1:-1] if not torch.equal(*_cut(plan, p, latents[0], late))
+        }
         if plan.keeps_latent_on_patch:
             assert not moved, "a patch of another rank changed before the last step"
         found.append({"drawn": mine, "steps": steps, "bytes": stats.bytes_received})

@@ -100,5 +100,9 @@ def test_a_pipeline_that_is_interrupted_ends_on_every_rank_and_the_rest_is_not_r
 
 
 def test_a_scheduler_with_noise_of_its_own_is_refused_on_every_rank() -> None:
-    with pytest.raises(UserError, match="EulerAncestralDiscreteScheduler, as it is set, needs the whole latent"):
-        run_ranks(2, "tests.backends.latent_target:draw_with_noise", case(request(2, steps=3)), timeout_s=60.0)
+    with pytest.raises(
+        UserError, match="EulerAncestralDiscreteScheduler, as it is set, needs the whole latent"
+    ):
+        run_ranks(
+            2, "tests.backends.latent_target:draw_with_noise", case(request(2, steps=3)), timeout_s=60.0
+        )

@@ -79,7 +79,9 @@ def test_only_the_output_and_what_reads_the_latent_are_served_otherwise(
     assert patch.macs_per_device == whole.macs_per_device
 
 
-@given(request=requests, step=st.integers(0, IMAGE.num_inference_steps - 1), phase=st.sampled_from(list(Phase)))
+@given(
+    request=requests, step=st.integers(0, IMAGE.num_inference_steps - 1), phase=st.sampled_from(list(Phase))
+)
 @settings(max_examples=30, deadline=None)
 def test_what_reads_the_latent_reads_this_steps_whatever_a_refresh_decides(
     demo: LayerGraph, request: PlanRequest, step: int, phase: Phase
@@ -100,9 +102,7 @@ def test_what_reads_the_latent_reads_this_steps_whatever_a_refresh_decides(
 def test_a_rank_receives_its_partners_patch_and_the_neighbours_rows_and_no_other_output(
     demo: LayerGraph, ranks: int, cfg_split: bool
 ) -> None:
-    whole, patch = both(
-        PlanRequest(IMAGE, ranks, cfg_split, latent=LatentPlace.PATCH, dtype="float16"), demo
-    )
+    whole, patch = both(PlanRequest(IMAGE, ranks, cfg_split, latent=LatentPlace.PATCH, dtype="float16"), demo)
     depth = patch.batch_per_rank * patch.model.latent_channels
     columns = patch.latent.cols.size
     for rank in range(ranks):
