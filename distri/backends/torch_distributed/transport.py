@@ -109,7 +109,6 @@ class TorchTransport:
         self._share_users: dict[tuple[str, int], Ticket] = {}
         self._placed: dict[str, int] = {}
         self._gather: Ticket | None = None
-        self._last_fresh: Ticket | None = None
         self._outputs: dict[tuple[str, tuple[Rect, ...]], _Output] = {}
 
     @property
@@ -161,7 +160,6 @@ class TorchTransport:
             ticket = self._dispatch(
                 self._links.urgent, self._links.urgent_wire, (route.key,), slot, False, None
             )
-            self._last_fresh = ticket
             self._hold(route, version, slot, ticket, is_late=False)
             return
         if bucket not in self._open:
@@ -206,9 +204,8 @@ class TorchTransport:
             self._gather.wait_on_host(self._links.alarm, self._links.timeout_s)
         ranks = output_ranks(self.plan.mesh, exchange, self.rank)
         if ranks == (self.rank,):
-            self._gather = (
-                self._last_fresh
-            )  # the host stays within a step of the device, as it does where it gathers
+            # Nothing to send, but a mark: the host stays within a step of the device, as it does where it gathers.
+            self._gather = self._links.urgent.submit(lambda: None)
             self._step, self._layer = version + 1, ""
             return [own]
         key = exchange.layer, self.plan.partition.at_step(version)
