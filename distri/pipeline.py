@@ -21,14 +21,21 @@ DEFAULT_HARDWARE = "a100-sxm"
 
 
 def parallelize(
-    pipe: Any, plan: Plan, backend: str | Backend = "torch", *, splits_decoder: bool = False
+    pipe: Any,
+    plan: Plan,
+    backend: str | Backend = "torch",
+    *,
+    splits_decoder: bool = False,
+    cuda_graphs: bool = False,
 ) -> Session:
     """Serve `pipe`'s denoiser as `plan` says, until the session is closed.
 
     As a context manager (`with distri.parallelize(pipe, plan):`) or with an undo (`session.close()`). Under the
     `torch` backend every rank calls the pipeline with the same arguments, and rank 0's noise and text count;
     `in_process` runs all ranks in this process, and so does `sim`, on a simulated machine's clock. Rank 0's picture is
-    the result. With `splits_decoder` each rank decodes a patch of the picture; then every rank must decode it.
+    the result. With `splits_decoder` each rank decodes a patch of the picture; then every rank must decode it. With
+    `cuda_graphs` the steps that repeat are recorded, messages included, and replayed; where that cannot be, a
+    `RuntimeWarning` says why.
 
     Raises:
         PlanError: the plan does not hold, or was made for another model.
@@ -41,7 +48,7 @@ def parallelize(
         )
     verify(plan, graph_of(pipe.unet, plan.model.name, pipe.vae_scale_factor))
     opened = open_backend(backend, plan, pipe.unet.device) if isinstance(backend, str) else backend
-    session = Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps)
+    session = Session(pipe.unet, opened, image_token=lambda: pipe.scheduler.timesteps, records=cuda_graphs)
     if splits_decoder and plan.mesh.size > 1:
         try:
             session.on_close(PatchDecoder(pipe.vae, plan, opened.for_plan).close)

@@ -55,6 +55,7 @@ DRIVERS = (
     "profiler",
     "quality",
     "ranks",
+    "recorded",
     "session",
 )
 DRIVER |= {f"distri.{name}" for name in DRIVERS} | {"torch", "numpy", "PIL", "safetensors", "skimage"}
