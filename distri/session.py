@@ -115,7 +115,7 @@ class Session:
         why = (
             f"policy {self.plan.policy.name!r} keeps values on the host, or refreshes"
             if recorder is not None
-            else f"there is no GPU for one rank alone (backend {self.backend.name!r})"
+            else f"backend {self.backend.name!r} has no GPU of its own for a rank here"
         )
         warnings.warn(
             f"no CUDA graphs: {why}; steps run one operation at a time", RuntimeWarning, stacklevel=3

@@ -11,6 +11,9 @@ import torch
 
 from distri.config.plan import parse_plan
 from distri.core.plan import Plan
+from distri.executor import RunRequest, call_pipeline, use_threads
+from distri.models.load import load_pipeline
+from distri.pipeline import parallelize
 from distri.session import Session
 from tests.backends.conformance_target import digests
 from tests.backends.tape import RefusingBackend, TapeBackend
@@ -49,3 +52,17 @@ def _run_plan(plan: Plan, how: str) -> dict[str, Any]:
             "parcels": stats.num_parcels,
             "warned": [str(warning.message) for warning in warned],
         }
+
+
+def draw(arguments: dict[str, Any], report: Callable[..., None]) -> dict[str, Any]:
+    """The latents of two prompts that one pipeline draws, as digests, and how many steps were replayed."""
+    plan = parse_plan(json.dumps(arguments["plan"]))
+    use_threads(plan.mesh.size)
+    pipe = load_pipeline("demo", plan.dtype)
+    backend = TapeBackend(plan, timeout_s=30.0)
+    found = []
+    with parallelize(pipe, plan, backend, cuda_graphs=arguments["how"] == "recorded"):
+        for prompt in ("a red ring", "a large blue square on a white ground"):
+            request = RunRequest("demo", plan, prompt)
+            found.append(call_pipeline(pipe, request, {"prompt": prompt}, decodes=False).latent_BCHW)
+    return {"digests": digests(found), "replays": sum(tape.num_replays - 1 for tape in backend.deck.tapes)}

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -55,6 +56,7 @@ class Tape(TorchDispatchMode):
         self.num_replays += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a recorded step waits for the device"
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
         inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}

@@ -6,8 +6,11 @@ import pytest
 
 from distri.backends.in_process import InProcessBackend
 from distri.config.plan import dump_plan
+from distri.core.plan import ImageRequest
+from distri.core.planner import PlanRequest, make_plan
 from distri.core.refresh import RefreshRule
 from distri.launch import run_ranks
+from distri.models.presets import load_graph
 from distri.recorded import is_recordable
 from distri.session import Session
 from tests.toys import toy, toy_plan
@@ -64,11 +67,22 @@ def test_two_steps_of_warmup_and_two_steady_ones_are_recorded_and_all_later_ones
     assert arrived["replays"] == 2 + 10
 
 
+def test_a_pipeline_of_diffusers_draws_the_same_pictures_from_recorded_steps():
+    request = PlanRequest(ImageRequest(128, 128, 9), 2, False, warmup_steps=3, dtype="float32")
+    arguments = {"plan": dump_plan(make_plan(request, load_graph("demo")))}
+    target = "tests.backends.recording_target:draw"
+    plain, recorded = (
+        run_ranks(2, target, {**arguments, "how": how}, timeout_s=60.0) for how in ("plain", "recorded")
+    )
+    assert recorded["digests"] == plain["digests"]
+    assert recorded["replays"] > 0
+
+
 def test_without_a_gpu_a_session_says_that_nothing_is_recorded():
     model, graph = toy()
     plan = toy_plan(graph, 2)
     with (
-        pytest.warns(RuntimeWarning, match="no CUDA graphs: there is no GPU for one rank alone"),
+        pytest.warns(RuntimeWarning, match="no CUDA graphs: backend 'in_process' has no GPU of its own"),
         Session(model, InProcessBackend(plan), records=True),
     ):
         pass
