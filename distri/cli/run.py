@@ -85,7 +85,9 @@ ELASTIC_ATTEMPTS = 4
     help="Rank 0 decodes the picture tile by tile, for what does not fit. Default: each rank decodes its patch.",
 )
 @click.option(
-    "--learn", is_flag=True, help="Remember how long it took, for the next prediction on this machine."
+    "--learn/--no-learn",
+    default=True,
+    help="Whether the next prediction on this machine takes in how long this run took.  [default: learn]",
 )
 @json_option
 @click.pass_context
