@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distri.config.policy import load_policy_table
 from distri.core.graph import LayerGraph
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
-from distri.core.policy import policy_table
+from distri.core.policy import PolicyTable, policy_table
 from distri.core.refresh import RefreshRule
 from distri.errors import PolicyError
 from distri.quality import Picture, psnr_db, seam_visibility, ssim
@@ -193,14 +195,37 @@ def plan_of(request: EvaluationRequest, graph: LayerGraph, mode: str, ranks: int
             image,
             ranks,
             cfg_split=False,
-            policy=policy_table(name),
+            policy=table_of(name, graph),
             warmup_steps=min(request.warmup_steps, max(1, steps // 2)),
-            axis=SplitAxis(axis or "rows"),
+            axis=axis_of(axis or "rows"),
             dtype=request.dtype,
             refresh=refresh_of(rules),
         ),
         graph,
     )
+
+
+def table_of(name: str, graph: LayerGraph) -> PolicyTable:
+    """The built-in table of this name, or the one in a file of this name, if it is that of a YAML file.
+
+    Raises:
+        PolicyError: there is none, or the file does not hold one.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return load_policy_table(Path(name), "corrected", graph)
+    return policy_table(name)
+
+
+def axis_of(name: str) -> SplitAxis:
+    """How a mode's `@name` cuts the picture.
+
+    Raises:
+        PolicyError: not at all.
+    """
+    known = [axis.value for axis in SplitAxis]
+    if name not in known:
+        raise PolicyError(f"unknown split {name!r}; known: {', '.join(known)}")
+    return SplitAxis(name)
 
 
 def refresh_of(rules: Sequence[str]) -> RefreshRule | None:

@@ -39,6 +39,7 @@ class RunRequest:
     checkpoint: where a checkpoint is written every `checkpoint_every` steps (0: never). resume: a checkpoint to go on
     from. may_resume: go on from `checkpoint` if there is one. check_finite: look for NaN once in so many steps.
     compiler: the `torch.compile` backend for what lies between exchanges. tiles_decoder: rank 0 decodes tile by tile.
+    cuda_graphs: record steps that repeat, and replay them.
     """
 
     model: str
@@ -57,6 +58,7 @@ class RunRequest:
     check_finite: int = 0
     compiler: str | None = None
     tiles_decoder: bool = False
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def draw(request: RunRequest, progress: Progress | None = None, decodes: bool = 
         pipe.vae.enable_tiling()
     with (
         one_sentence_for_lack_of_memory(),
-        parallelize(pipe, request.plan, backend, splits_decoder=splits) as session,
+        parallelize(
+            pipe, request.plan, backend, splits_decoder=splits, cuda_graphs=request.cuda_graphs
+        ) as session,
     ):
         take_precautions(session, pipe, request)
         text = encode_text(session, pipe, request)

@@ -23,15 +23,21 @@ DEFAULT_HARDWARE = "a100-sxm"
 
 
 def parallelize(
-    pipe: Any, plan: Plan, backend: str | Backend = "torch", *, splits_decoder: bool = False
+    pipe: Any,
+    plan: Plan,
+    backend: str | Backend = "torch",
+    *,
+    splits_decoder: bool = False,
+    cuda_graphs: bool = False,
 ) -> Session:
     """Serve `pipe`'s denoiser as `plan` says, until the session is closed.
 
     As a context manager (`with distri.parallelize(pipe, plan):`) or with an undo (`session.close()`). Under the
     `torch` backend every rank calls the pipeline with the same arguments, and rank 0's noise and text count;
     `in_process` runs all ranks in this process, and so does `sim`, on a simulated machine's clock. Rank 0's picture is
-    the result. With `splits_decoder` each rank decodes a patch of the picture; then every rank must decode it. The
-    scheduler is served too where the plan keeps the latent on its patch.
+    the result. With `splits_decoder` each rank decodes a patch of the picture; then every rank must decode it. With
+    `cuda_graphs` the steps that repeat are recorded, messages included, and replayed; where that cannot be, a
+    `RuntimeWarning` says why. The scheduler is served too where the plan keeps the latent on its patch.
 
     Raises:
         PlanError: the plan does not hold, or was made for another model.
@@ -45,7 +51,8 @@ def parallelize(
     verify(plan, graph_of(pipe.unet, plan.model.name, pipe.vae_scale_factor))
     opened = open_backend(backend, plan, pipe.unet.device) if isinstance(backend, str) else backend
     with ExitStack() as undo:
-        session = Session(pipe.unet, opened, image_token=_image_token(pipe, opened, undo))
+        token = _image_token(pipe, opened, undo)
+        session = Session(pipe.unet, opened, image_token=token, records=cuda_graphs)
         session.on_close(undo.pop_all().close)
         undo.callback(session.close)
         if splits_decoder and plan.mesh.size > 1:

@@ -6,6 +6,7 @@ process, on two models.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from distri.nn.rank_context import RankContext
 from distri.nn.reconstruction import Reconstruction
 from distri.nn.resumable import Resumable
 from distri.ranks import LocalRanks, put_together
+from distri.recorded import RecordedSteps, is_recordable
 
 ImageToken = Callable[[], object]
 
@@ -58,20 +60,29 @@ class Session:
     """Runs every forward of `model` as `backend.plan` says, until it is closed.
 
     image_token: returns an object that is another one for each image (a scheduler's timesteps, say); without it, call
-    `begin_image` before each image.
+    `begin_image` before each image. records: steps that repeat are recorded and replayed, as CUDA graphs, where backend
+    and plan can; where they cannot, a warning says why.
     """
 
-    def __init__(self, model: nn.Module, backend: Backend, image_token: ImageToken | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: Backend,
+        image_token: ImageToken | None = None,
+        records: bool = False,
+    ) -> None:
         self.backend = backend
         self.plan = backend.plan
         self._token = image_token
         self._last_token: object = None
         self._step = -1
         self._last_BCHW: Tensor | None = None
+        self._latent_dtype = torch.float32
         self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
         self._guards = Safeguards()
         self._num_images = 0
         self._resumables: dict[int, Resumable] = {}
+        self._recorded = self._open_recorder() if records else None
         self._ranks = LocalRanks(backend, self._open_ranks())
         self._attachment = Attachment()
         self._callbacks = ExitStack()
@@ -99,6 +110,20 @@ class Session:
             transport = FiniteCheck(rank, guards.check_finite, transport)
         return RankContext(Exchanger(self.plan, rank, transport))
 
+    def _open_recorder(self) -> RecordedSteps | None:
+        recorder = self.backend.recorder()
+        if recorder is not None and is_recordable(self.plan):
+            return RecordedSteps(self.plan, recorder)
+        why = (
+            f"policy {self.plan.policy.name!r} keeps values on the host, or refreshes"
+            if recorder is not None
+            else f"backend {self.backend.name!r} has no GPU of its own for a rank here"
+        )
+        warnings.warn(
+            f"no CUDA graphs: {why}; steps run one operation at a time", RuntimeWarning, stacklevel=3
+        )
+        return None
+
     def guard(self, guards: Safeguards) -> None:
         """Take these precautions; called before the first forward.
 
@@ -118,6 +143,10 @@ class Session:
             )
         self._guards = guards
         self._ranks.contexts = self._open_ranks()
+        if self._recorded is not None and (guards.writer or guards.start or guards.check_finite):
+            self._recorded = None
+            what = "checkpoints and looks for NaN need the host at every step"
+            warnings.warn(f"no CUDA graphs: {what}", RuntimeWarning, stacklevel=2)
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Hold that these facts are the same on every rank.
@@ -166,6 +195,8 @@ class Session:
         self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
         for context in self._ranks.contexts.values():
             context.begin_image()
+        if self._recorded is not None:
+            self._recorded.begin_image()
 
     def denoise(self, original: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One forward of the denoiser: whole arguments in, whole result out, as the unmodified model would.
@@ -185,6 +216,8 @@ class Session:
         arguments.update(self._shared)
         if self._is_guarded and self._step < self._guards.first_step:
             return self._replay(arguments)
+        if self._recorded is not None:
+            arguments = self._recorded.hold(arguments)
         whole = self._whole(self._ranks.run(lambda context: self._run_rank(context, original, arguments)))
         if self._is_guarded and self._guards.writer is not None:
             self._record(self._guards.writer, whole)
@@ -248,8 +281,11 @@ class Session:
         if self._step and self.plan.keeps_latent_on_patch:
             latent_BCHW = sample_BCHW
             phase = self._control.decide(self._step, None)
+        elif self.plan.refresh is None and self._step > 0:
+            latent_BCHW = self.backend.broadcast_like(sample_BCHW.to(self._latent_dtype))
         elif self.plan.refresh is None:
             latent_BCHW = self.backend.broadcast(sample_BCHW)
+            self._latent_dtype = latent_BCHW.dtype
         else:
             change = relative_change(sample_BCHW, self._last_BCHW)
             decided = self._control.decide(self._step, change)
@@ -261,10 +297,16 @@ class Session:
         return latent_BCHW
 
     def _run_rank(self, context: RankContext, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        context.latent_BCHW = branch_of(arguments["sample"], self.plan, context, "sample")
-        output = original(**arguments_of_rank(arguments, self.plan, context))
+        work = partial(self._forward_rank, context, original, arguments)
+        output = work() if self._recorded is None else self._recorded.run(context, work)
         own_BCHW: Tensor = output[0]
         return output, context.exchanger.gather(own_BCHW)
+
+    def _forward_rank(
+        self, context: RankContext, original: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        context.latent_BCHW = branch_of(arguments["sample"], self.plan, context, "sample")
+        return original(**arguments_of_rank(arguments, self.plan, context))
 
     def _whole(self, results: list[Any]) -> Any:
         """Every output that reached a rank of this process in its place, in the form that the model gave it."""

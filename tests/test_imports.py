@@ -55,6 +55,7 @@ DRIVERS = (
     "profiler",
     "quality",
     "ranks",
+    "recorded",
     "sampling",
     "session",
 )

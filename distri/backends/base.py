@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from distri.core.exchanger import Transport
 from distri.core.plan import Plan
+from distri.errors import RunError
+
+R = TypeVar("R")
+
+
+class RecordingError(RunError):
+    """A step could not be recorded; it can still be done."""
+
+
+class Recording(Protocol):
+    """One recorded step of one rank."""
+
+    def replay(self, step: int) -> None:
+        """Do it again, as `step`: same instructions, same places, other values there."""
+
+
+class Recorder(Protocol):
+    """Records steps of one rank, exchanges included, for a device that can do them without the host."""
+
+    def record(self, step: int, work: Callable[[], R]) -> tuple[Recording, R]:
+        """Record `work`, the rank's part of `step`, and do it; replays change the values of what it returned.
+
+        Raises:
+            RecordingError: the device cannot; nothing was done.
+        """
 
 
 class Backend(Protocol):
@@ -23,6 +49,12 @@ class Backend(Protocol):
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's nested tensors (in tuples, lists, dicts; other leaves as rank 0 has them), on every rank."""
+
+    def broadcast_like(self, tensor: Any) -> Any:
+        """Rank 0's tensor, where every rank has one of its shape and dtype: no rank needs to be told what comes."""
+
+    def recorder(self) -> Recorder | None:
+        """Of the one rank of this process, if its device can do a step without the host."""
 
     def for_plan(self, plan: Plan) -> Backend:
         """Another backend of this kind, for another plan of the same ranks; to be closed before this one."""

@@ -162,6 +162,13 @@ class InProcessBackend:
         """All ranks already have it."""
         return value
 
+    def broadcast_like(self, tensor: Any) -> Any:
+        """All ranks already have it."""
+        return tensor
+
+    def recorder(self) -> None:
+        """There is none: several ranks share one host."""
+
     def for_plan(self, plan: Plan) -> InProcessBackend:
         """All ranks of another plan."""
         return InProcessBackend(plan, timeout_s=self._timeout_s)

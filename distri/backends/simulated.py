@@ -62,6 +62,13 @@ class SimulatedBackend:
         """As the backend for values does it."""
         return self._values.broadcast(value)
 
+    def broadcast_like(self, tensor: Any) -> Any:
+        """As the backend for values does it."""
+        return self._values.broadcast_like(tensor)
+
+    def recorder(self) -> None:
+        """There is none: values are computed in process."""
+
     def for_plan(self, plan: Plan) -> Backend:
         """That of the values: what is not in the simulated plan does not move the clock."""
         return self._values.for_plan(plan)

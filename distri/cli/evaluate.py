@@ -46,7 +46,11 @@ def parse_names(ctx: click.Context, param: click.Parameter, text: str) -> tuple[
 )
 @click.option("--seeds", callback=parse_numbers, default="0", show_default=True)
 @click.option(
-    "--modes", callback=parse_names, default=ALL_MODES, show_default=True, help="Policies; @cols for columns."
+    "--modes",
+    callback=parse_names,
+    default=ALL_MODES,
+    show_default=True,
+    help="Policies, or YAML files with a table of your own; @cols for columns, +every=K for refreshes.",
 )
 @click.option("--ranks", callback=parse_numbers, default="2,4,8", show_default=True, help="Patches.")
 @click.option(

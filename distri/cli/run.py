@@ -74,13 +74,20 @@ ELASTIC_ATTEMPTS = 4
     help="The compiler: inductor, the default, or one that is installed, such as tensorrt or tvm.",
 )
 @click.option(
+    "--cuda-graphs",
+    is_flag=True,
+    help="Record the steps that repeat as CUDA graphs, messages included, and replay them.",
+)
+@click.option(
     "--tile-decoder",
     "tiles_decoder",
     is_flag=True,
     help="Rank 0 decodes the picture tile by tile, for what does not fit. Default: each rank decodes its patch.",
 )
 @click.option(
-    "--learn", is_flag=True, help="Remember how long it took, for the next prediction on this machine."
+    "--learn/--no-learn",
+    default=True,
+    help="Whether the next prediction on this machine takes in how long this run took.  [default: learn]",
 )
 @json_option
 @click.pass_context
@@ -97,6 +104,7 @@ def command(
     learn: bool,
     compiles: bool,
     compile_backend: str | None,
+    cuda_graphs: bool,
     tiles_decoder: bool,
     **flags: Any,
 ) -> None:
@@ -130,6 +138,7 @@ def command(
         check_finite=check_finite,
         compiler=(compile_backend or "inductor") if compiles or compile_backend else None,
         tiles_decoder=tiles_decoder,
+        cuda_graphs=cuda_graphs,
     )
     if request.compiler is not None:
         from distri.models.compiling import check_compiler

@@ -18,7 +18,6 @@ from distri.cli.render import late_progress_bar
 from distri.cli.search_options import graph_files, is_explicit
 from distri.core.plan import Plan
 from distri.core.planner import make_plan
-from distri.errors import UserError
 
 CPU_RANKS: Final = 2
 """Ranks of a run on a machine without GPUs, where none were asked for."""
@@ -122,15 +121,11 @@ def sentence_of(search: Mapping[str, Any], machine: str) -> str:
     others = [r for r in search["runners_up"] if r["devices"] == size and r["layout"] != search["layout"]]
     why = f"; {others[0]['layout']} lost: {others[0]['why']}" if others else ""
     gain = f", {p['speedup']:.1f} times one device" if size > 1 else ""
-    return f"plan: {name}, {search['policy']}, on {machine}: {p['latency_s']:.1f} s predicted{gain}{why}"
+    return f"plan: {name}, {search['policy']}, on {machine}: {p['latency_s']:.1f} s of denoising predicted{gain}{why}"
 
 
 def report(choice: Choice, seconds_per_step: float, is_learning: bool) -> list[tuple[str, str]]:
-    """Rows for the table after a run: predicted beside measured, and what was learned.
-
-    Raises:
-        UserError: the lesson cannot be written.
-    """
+    """Rows for the table after a run: predicted beside measured, and what was learned."""
     predicted = choice.predicted_per_step_s
     rows = [
         (
@@ -146,8 +141,9 @@ def report(choice: Choice, seconds_per_step: float, is_learning: bool) -> list[t
         try:
             speed = learned.learn(subject, predicted, seconds_per_step)
         except OSError as error:
-            raise UserError(f"the lesson cannot be kept: {error.strerror}") from error
-        rows.append(("learned", f"this machine has {speed:.2f} of the speed that {choice.hardware} says"))
+            rows.append(("learned", f"nothing, it cannot be kept: {error.strerror}"))
+        else:
+            rows.append(("learned", f"this machine has {speed:.2g} of the speed that {choice.hardware} says"))
     return rows
 
 

@@ -6,7 +6,7 @@ error, never an approximation. Values are opaque: tensors in a backend, anything
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from distri.errors import StaleReadError
@@ -60,6 +60,15 @@ class VersionedBuffer(Generic[V]):
             held = ", ".join(map(str, sorted(slots))) or "none"
             raise StaleReadError(f"{key}: version {version} is required; held: {held}")
         return slots[version]
+
+    def later(self, steps: int, change: Callable[[V], V]) -> VersionedBuffer[V]:
+        """What is held here, changed, as versions that are `steps` newer."""
+        moved = VersionedBuffer[V]()
+        moved._slots = {
+            key: {version + steps: change(value) for version, value in slots.items()}
+            for key, slots in self._slots.items()
+        }
+        return moved
 
     def clear(self) -> None:
         """Forget everything: a new image starts."""

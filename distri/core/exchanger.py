@@ -74,9 +74,17 @@ class Exchanger(Generic[T]):
         """Start the next step, in the phase of the plan's warm-up unless a refresh decided otherwise."""
         self.step += 1
         self.phase = phase or phase_of(self.step, self.plan.warmup_steps)
+        self.restart_step()
+        return self.step
+
+    def restart_step(self) -> None:
+        """Begin the current step again: nothing of it was done."""
         self._met = 0
         self._own.clear()
-        return self.step
+
+    def skip_layers(self) -> None:
+        """Take the layers of the current step as met: they were done without being asked."""
+        self._met = len(self._order)
 
     def exchange_of(self, layer: str) -> Exchange:
         """The plan's entry for a layer."""

@@ -12,9 +12,11 @@ which a real model's layers run, and a backend checks the one against the other 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 
+from distri.core.buffers import DEPTH
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind, Phase, Policy
 from distri.core.staleness import phase_of, readers_of, required_version
@@ -57,6 +59,31 @@ def step_program(plan: Plan, step: int) -> tuple[Instruction, ...]:
         if version is not None:
             program.append(Instruction(InstructionKind.AWAIT, exchange=place, version=version))
     return tuple(program)
+
+
+StepPattern = tuple[int, tuple[Instruction, ...], tuple[Instruction, ...]]
+
+
+def step_patterns(plan: Plan) -> tuple[StepPattern, ...]:
+    """Of each step, what a recording of it depends on: steps of one pattern can be replayed for each other.
+
+    They perform the same instructions on versions at the same distance, these lie in the same slots, and the step
+    before left the same messages to be sent.
+    """
+    programs = [
+        _as_of_step_0(step_program(plan, step), step) for step in range(plan.image.num_inference_steps)
+    ]
+    return tuple(
+        (step % DEPTH, program, programs[step - 1] if step else ()) for step, program in enumerate(programs)
+    )
+
+
+def _as_of_step_0(program: tuple[Instruction, ...], step: int) -> tuple[Instruction, ...]:
+    """A step's program with versions counted from that step."""
+    return tuple(
+        i if i.kind is InstructionKind.COMPUTE else dataclasses.replace(i, version=i.version - step)
+        for i in program
+    )
 
 
 def is_published(plan: Plan, exchange: Exchange, step: int, phase: Phase | None = None) -> bool:

@@ -99,6 +99,13 @@ class InstantBackend:
         """This rank's own value."""
         return value
 
+    def broadcast_like(self, tensor: Any) -> Any:
+        """This rank's own."""
+        return tensor
+
+    def recorder(self) -> None:
+        """There is none: `distri.bench.one_rank` captures a step by itself."""
+
     def for_plan(self, plan: Plan) -> InstantBackend:
         """The same rank of another plan."""
         return InstantBackend(plan, plan.mesh.patch_of(self.local_ranks[0]), self._device, self._dtype)

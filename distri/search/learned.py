@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 SCHEMA: Final = 1
-MOST_RUNS: Final = 20
+MOST_RUNS: Final = 4
 """Older runs count no more than this many together."""
 
 
@@ -54,7 +54,10 @@ def speed_of(subject: Subject) -> float:
     """The speed that was learned; 1 where nothing was."""
     entry = _read().get(subject.key)
     speed = entry.get("speed") if isinstance(entry, dict) else None
-    return float(speed) if isinstance(speed, int | float) and 0.001 < speed <= 100 else 1.0
+    known = float(speed) if isinstance(speed, int | float) and 0.001 < speed <= 100 else 1.0
+    return float(
+        f"{known:.2g}"
+    )  # what is within a percent or so is asked, and answered, as the same question
 
 
 def learn(subject: Subject, predicted_s: float, measured_s: float) -> float:

@@ -191,3 +191,28 @@ def test_what_cannot_be_drawn_is_one_line_and_status_two(
     assert outcome.status == 2
     assert requests == []
     assert left_behind(tmp_path) == []
+
+
+def predicted(outcome: Outcome) -> float:
+    return float(outcome.value["predicted_seconds_per_step"])
+
+
+def test_the_second_prediction_is_what_the_first_run_took(distri: Distri, requests: list[RunRequest]) -> None:
+    first, second = (distri("run", "-o", "out.png", "--json") for _ in range(2))
+    assert predicted(first) != pytest.approx(0.1, rel=0.1)  # from assumed figures; the run takes 0.1 s a step
+    assert predicted(second) == pytest.approx(0.1, rel=0.05)
+
+
+def test_no_learn_keeps_nothing(distri: Distri, requests: list[RunRequest]) -> None:
+    first, second = (distri("run", "-o", "out.png", "--json", "--no-learn") for _ in range(2))
+    assert predicted(first) == predicted(second)
+
+
+def test_a_lesson_that_cannot_be_kept_does_not_spoil_the_run(
+    distri: Distri, requests: list[RunRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    outcome = distri("run", "-o", "out.png")
+    assert outcome.status == 0
+    assert "nothing, it cannot be kept: " in outcome.out

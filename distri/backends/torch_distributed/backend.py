@@ -19,11 +19,13 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import distri
+from distri.backends.base import Recorder
 from distri.backends.torch_distributed.advice import advice_on_links
 from distri.backends.torch_distributed.agreement import check_identities, decode, describe_tensors, encode
 from distri.backends.torch_distributed.alarm import Alarm, LostPeerError, StoreWatch, first_line
 from distri.backends.torch_distributed.giving_way import giving_way
 from distri.backends.torch_distributed.lane import Lane, open_lane
+from distri.backends.torch_distributed.recorder import CudaGraphs, TransportRecorder
 from distri.backends.torch_distributed.transport import Links, TorchTransport
 from distri.backends.torch_distributed.wire import Wire
 from distri.core.plan import Plan
@@ -73,6 +75,23 @@ class TorchBackend:
         if self.rank == 0 and self.device.type == "cuda":
             for sentence in advice_on_links():
                 warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+
+    def broadcast_like(self, tensor: Any) -> Tensor:
+        """Rank 0's tensor, where every rank has one of its shape and dtype.
+
+        Raises:
+            LostPeerError: a rank is gone.
+        """
+        with torch.inference_mode(False):  # as above
+            received = torch.empty_like(tensor, device=self.device, memory_format=torch.contiguous_format)
+            if self.rank == 0:
+                received.copy_(tensor)
+            self._from_rank_0(received.view(-1).view(torch.uint8))
+        return received
+
+    def recorder(self) -> Recorder | None:
+        """CUDA graphs; None on a CPU."""
+        return TransportRecorder(self._transport, CudaGraphs()) if self.device.type == "cuda" else None
 
     def for_plan(self, plan: Plan) -> TorchBackend:
         """This rank in another plan, with lanes and process groups of its own."""

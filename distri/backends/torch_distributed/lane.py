@@ -45,6 +45,9 @@ class Lane(Protocol):
     def submit(self, work: Work, ticket: Ticket | None = None) -> Ticket:
         """Hand over work; it sees everything that the caller computed before."""
 
+    def join(self) -> None:
+        """Let the caller's computation go on only after all work so far."""
+
     def close(self) -> None:
         """End the lane without waiting for work that hangs. May be called twice."""
 
@@ -101,6 +104,14 @@ class ThreadLane:
         self._queue.put((work, promised))
         return promised
 
+    def join(self) -> None:
+        """Block until all work so far is done.
+
+        Raises:
+            LostPeerError: another rank failed.
+        """
+        self.submit(_nothing).wait()
+
     def close(self) -> None:
         """End the thread after the work it has; a thread that hangs in a broken link is left to die."""
         self._queue.put(None)
@@ -118,6 +129,10 @@ class ThreadLane:
             ticket.finish(failure)
 
 
+def _nothing() -> None:
+    """Work that is done at once."""
+
+
 class StreamTicket:
     """A ticket of a `StreamLane`: an event that other streams can wait for."""
 
@@ -126,8 +141,10 @@ class StreamTicket:
 
     @property
     def is_done(self) -> bool:
-        """Whether the device has finished the work."""
-        return self.event is not None and bool(self.event.query())  # type: ignore[no-untyped-call]
+        """Whether the device has finished the work; nothing has while work is only recorded."""
+        if self.event is None or torch.cuda.is_current_stream_capturing():
+            return False
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Make the current stream wait; the host goes on."""
@@ -154,6 +171,7 @@ class StreamLane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._is_ahead = False
 
     def promise(self) -> StreamTicket:
         """A ticket for work that will be submitted later."""
@@ -164,10 +182,17 @@ class StreamLane:
         promised = ticket if ticket is not None else self.promise()
         assert isinstance(promised, StreamTicket)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._is_ahead = True
         with torch.cuda.stream(self._stream):
             work()
             promised.event = self._stream.record_event()
         return promised
+
+    def join(self) -> None:
+        """Make the current stream wait for this one, if it was given anything since it last did."""
+        if self._is_ahead:  # a recording may not wait for what it does not contain
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._is_ahead = False
 
     def close(self) -> None:
         """Nothing to end: the stream goes with the object."""

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from distri.backends.torch_distributed.alarm import Alarm, LostPeerError
 from distri.backends.torch_distributed.arena import Arena
+from distri.backends.torch_distributed.deliveries import Deliveries, Delivery, OpenBucket
 from distri.backends.torch_distributed.lane import Lane, StreamTicket, Ticket
 from distri.backends.torch_distributed.routes import Route, Routes
 from distri.backends.torch_distributed.wire import Addressed, Parcel, Wire
-from distri.core.buffers import VersionedBuffer
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
 from distri.core.program import held_buckets
@@ -42,6 +42,16 @@ class TransportStats:
     num_parcels: int = 0
     bytes_received: int = 0
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Parcels and bytes so far."""
+        return self.num_parcels, self.bytes_received
+
+    def count(self, more: tuple[int, int], less: tuple[int, int] = (0, 0)) -> None:
+        """Count further parcels and bytes, less some."""
+        self.num_parcels += more[0] - less[0]
+        self.bytes_received += more[1] - less[1]
+
 
 @dataclass(frozen=True)
 class Links:
@@ -54,25 +64,6 @@ class Links:
     world_wire: Wire
     alarm: Alarm
     timeout_s: float
-
-
-@dataclass(frozen=True)
-class _Delivery:
-    """Where a version will be, and when."""
-
-    ticket: Ticket
-    route: Route
-    slot: int
-
-
-@dataclass(frozen=True)
-class _Open:
-    """A bucket that is being filled: the keys of the routes in it so far."""
-
-    ticket: Ticket
-    version: int
-    slot: int
-    keys: list[str]
 
 
 class TorchTransport:
@@ -101,13 +92,8 @@ class TorchTransport:
         self._dtype = dtype
         self._step = 0
         self._layer = ""
-        self._held = VersionedBuffer[_Delivery]()
-        self._open: dict[int, _Open] = {}
         self._can_wait = held_buckets(plan)
-        self._slot_users: dict[tuple[str, int], Ticket] = {}
-        self._slot_versions: dict[tuple[str, int], int] = {}
-        self._share_users: dict[tuple[str, int], Ticket] = {}
-        self._placed: dict[str, int] = {}
+        self._now = Deliveries()
         self._gather: Ticket | None = None
         self._outputs: dict[tuple[str, tuple[Rect, ...]], _Output] = {}
 
@@ -125,15 +111,9 @@ class TorchTransport:
 
     def begin_image(self) -> None:
         """Forget all versions of the last image, after the messages under way have arrived."""
-        for ticket in [*self._slot_users.values(), *self._share_users.values()]:
-            if all(ticket is not bucket.ticket for bucket in self._open.values()):
-                self.await_ticket(ticket, "the end of the last image")
-        self._held.clear()
-        self._open.clear()
-        self._slot_users.clear()
-        self._slot_versions.clear()
-        self._share_users.clear()
-        self._placed.clear()
+        for ticket in self._now.under_way:
+            self.await_ticket(ticket, "the end of the last image")
+        self._now = Deliveries()
         self._step, self._layer = 0, ""
 
     def place(self, exchange: Exchange, version: int, bucket: int | None) -> Tensor | None:
@@ -144,9 +124,9 @@ class TorchTransport:
         is_late = bucket is not None
         route = self.routes.of(exchange, is_late)
         slot = version % route.depth
-        self._await_user(self._slot_users.get((route.key, slot)), route)
+        self._await_user(self._now.slot_users.get((route.key, slot)), route)
         own_slot = self.arena.own_slot(route.key, slot, is_late)
-        self._await_user(self._share_users.get((route.key, own_slot)), route)
+        self._await_user(self._now.share_users.get((route.key, own_slot)), route)
         return self.arena.share(route.key, own_slot, self.routes.patch)
 
     def send(self, exchange: Exchange, version: int, parts: Sequence[Tensor], bucket: int | None) -> None:
@@ -155,17 +135,17 @@ class TorchTransport:
         route = self.routes.of(exchange, is_late=bucket is not None)
         slot = version % route.depth
         self._pack(route, slot, parts, is_late=bucket is not None)
-        self._slot_versions[route.key, slot] = version
+        self._now.slot_versions[route.key, slot] = version
         if bucket is None:
             ticket = self._dispatch(
                 self._links.urgent, self._links.urgent_wire, (route.key,), slot, False, None
             )
             self._hold(route, version, slot, ticket, is_late=False)
             return
-        if bucket not in self._open:
-            self._open[bucket] = _Open(self._links.late.promise(), version, slot, [])
-        self._open[bucket].keys.append(route.key)
-        self._hold(route, version, slot, self._open[bucket].ticket, is_late=True)
+        if bucket not in self._now.open:
+            self._now.open[bucket] = OpenBucket(self._links.late.promise(), version, slot, [])
+        self._now.open[bucket].keys.append(route.key)
+        self._hold(route, version, slot, self._now.open[bucket].ticket, is_late=True)
         if route.key == self.routes.last_of_bucket[bucket] and bucket not in self._can_wait:
             self._flush(bucket)
 
@@ -178,9 +158,9 @@ class TorchTransport:
         """
         self._layer = exchange.layer
         self._release()
-        delivery = self._held.get(exchange.layer, version)
+        delivery = self._now.held.get(exchange.layer, version)
         route, slot = delivery.route, delivery.slot
-        check_version(exchange.layer, version, self._slot_versions[route.key, slot])
+        check_version(exchange.layer, version, self._now.slot_versions[route.key, slot])
         kind = exchange.kind.value
         self.await_ticket(delivery.ticket, f"{exchange.layer} ({kind}), version {version}", kind)
         if exchange.kind is ExchangeKind.HALO:
@@ -188,16 +168,15 @@ class TorchTransport:
         if exchange.kind is ExchangeKind.MOMENTS:
             line = self.arena.lines[route.key, slot]
             return [merged for merged in (line.before, line.after) if merged is not None]
-        if self._placed.pop(route.key, None) != slot:
+        if self._now.placed.pop(route.key, None) != slot:
             self._place_share(route, slot, own)
-            del self._placed[route.key]
+            del self._now.placed[route.key]
         return [self.arena.whole[route.key, slot]]
 
     def gather(self, exchange: Exchange, version: int, own: Tensor) -> Sequence[Tensor]:
         """The outputs of this version that this rank has in the end, in rank order; valid until the next gather."""
         self._step, self._layer = version, exchange.layer
-        for bucket in sorted(self._open.keys() - self._can_wait):
-            self._flush(bucket)
+        self._flush_full()
         if self.plan.mesh.size == 1:
             return [own]
         if isinstance(self._gather, StreamTicket):
@@ -216,15 +195,34 @@ class TorchTransport:
         wire = self._links.world_wire
         self._gather = self._links.urgent.submit(lambda: wire.exchange(output.sends, output.receives))
         self.await_ticket(self._gather, f"the output, version {version}", exchange.kind.value)
-        self.stats.bytes_received += sum(t.nbytes for t, _ in output.receives)
+        self.stats.count((0, sum(t.nbytes for t, _ in output.receives)))
         self._step, self._layer = version + 1, ""
         return output.results(own)
 
+    def join(self) -> None:
+        """Let the computation go on only after everything that has left by the end of a step, or leaves then.
+
+        Until the next message, nothing is under way: here a step can be cut off from the step before.
+        """
+        self._flush_full()
+        self._links.late.join()
+        self._links.urgent.join()
+        self.resume(self._now, 0)
+
+    def resume(self, deliveries: Deliveries, steps: int) -> None:
+        """Be where the transport was with these deliveries, `steps` steps later; all that left has arrived."""
+        self._now = deliveries.later(steps, self._links.late.promise)
+
+    @property
+    def deliveries(self) -> Deliveries:
+        """What was handed over in this image; not to be changed."""
+        return self._now
+
     def _hold(self, route: Route, version: int, slot: int, ticket: Ticket, is_late: bool) -> None:
-        self._held.put(route.layer, version, _Delivery(ticket, route, slot))
-        self._slot_users[route.key, slot] = ticket
+        self._now.held.put(route.layer, version, Delivery(ticket, route, slot))
+        self._now.slot_users[route.key, slot] = ticket
         if route.shares:
-            self._share_users[route.key, self.arena.own_slot(route.key, slot, is_late)] = ticket
+            self._now.share_users[route.key, self.arena.own_slot(route.key, slot, is_late)] = ticket
 
     def _arrive_at(self, exchange: Exchange, version: int) -> None:
         self._step, self._layer = version, exchange.layer
@@ -232,12 +230,19 @@ class TorchTransport:
 
     def _release(self) -> None:
         """Let go what the last step's output had to come before."""
-        for bucket in sorted(bucket for bucket, filled in self._open.items() if filled.version < self._step):
+        for bucket in sorted(
+            bucket for bucket, filled in self._now.open.items() if filled.version < self._step
+        ):
+            self._flush(bucket)
+
+    def _flush_full(self) -> None:
+        """At the end of a step, let go what no later layer can add to, and what need not come after the output."""
+        for bucket in sorted(self._now.open.keys() - self._can_wait):
             self._flush(bucket)
 
     def _flush(self, bucket: int) -> None:
         """Let a bucket go with what it has: all of its layers, or those that published at this step."""
-        full = self._open.pop(bucket)
+        full = self._now.open.pop(bucket)
         resting = frozenset(key for key in full.keys if self._rests(key, full.version))
         self._dispatch(
             self._links.late, self._links.late_wire, tuple(full.keys), full.slot, True, full.ticket, resting
@@ -260,13 +265,12 @@ class TorchTransport:
         resting: frozenset[str] = frozenset(),
     ) -> Ticket:
         parcel: Parcel = self.arena.parcel(layers, slot, is_late, resting)
-        self.stats.num_parcels += 1
-        self.stats.bytes_received += parcel.num_bytes
+        self.stats.count((1, parcel.num_bytes))
         patch, parts = self.routes.patch, self.routes.parts
         return lane.submit(lambda: wire.deliver(parcel, patch, parts), promise)
 
     def _pack(self, route: Route, slot: int, parts: Sequence[Tensor], is_late: bool) -> None:
-        self._await_user(self._slot_users.get((route.key, slot)), route)
+        self._await_user(self._now.slot_users.get((route.key, slot)), route)
         kind = route.exchange.kind
         if kind is ExchangeKind.MOMENTS:
             self._copy(route, [self.arena.lines[route.key, slot].own], parts)
@@ -279,9 +283,9 @@ class TorchTransport:
 
     def _place_share(self, route: Route, slot: int, own: Sequence[Tensor]) -> None:
         """Write this patch's keys and values beside the others' in `slot`."""
-        self._await_user(self._share_users.get((route.key, slot)), route)
+        self._await_user(self._now.share_users.get((route.key, slot)), route)
         self._copy(route, [self.arena.share(route.key, slot, self.routes.patch)], own)
-        self._placed[route.key] = slot
+        self._now.placed[route.key] = slot
 
     def _copy(self, route: Route, places: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
         """Copy the parts into their places.
