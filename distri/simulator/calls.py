@@ -28,7 +28,6 @@ from distri.simulator.tasks import Call, Group, Hop, Transfer
 _REFERENCE_MOMENT_BYTES: Final = 2
 _SPREAD: Final = (ExchangeKind.CONTEXT, ExchangeKind.OUTPUT)
 _Piece: TypeAlias = tuple[tuple[int, int], int, tuple[int, int] | None]
-_ANNOUNCEMENT_BYTES: Final = 64
 CTA_BYTES_PER_S: Final = 20e9
 """What one thread block of communication moves: NCCL 2.30, tuning.cc, per channel on Ampere."""
 
@@ -103,16 +102,14 @@ class CallFactory:
         return Call(slot, label, stream, False, (), hops, sent, received, self._ranks)
 
     def _next_latent_ns(self, output: Exchange) -> int:
-        """What follows what all ranks gather: rank 0 tells them the next latent, after two words on its shape.
+        """What follows what all ranks gather: rank 0 tells them the next latent.
 
         That of the next step; or, behind a latent that was gathered because it stayed on its patches, the next image's.
         """
         if len(self._ranks) == 1:
             return 0
         latent = sum(self._shares(output, is_late=False)) * len(self.branches)
-        sizes = (_ANNOUNCEMENT_BYTES, _ANNOUNCEMENT_BYTES, latent)
-        told = (self.transfer(Collective.BROADCAST, size, self._ranks, is_blocking=True) for size in sizes)
-        return sum(transfer.alone_ns for transfer in told)
+        return self.transfer(Collective.BROADCAST, latent, self._ranks, is_blocking=True).alone_ns
 
     def _gathered(self, members: Sequence[Exchange], is_late: bool, is_blocking: bool) -> tuple[Group, ...]:
         """The reference's: everything in one all-gather, but moments that it sums up."""
