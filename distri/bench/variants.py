@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distri.core.graph import LayerGraph
+from distri.core.latent import LatentPlace
 from distri.core.partition import SplitAxis
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import LAYERS_PER_BUCKET, PlanRequest, make_plan
@@ -14,6 +15,7 @@ from distri.errors import UserError
 SINGLE, SINGLE_ALL_CORES = "single", "single, all cores"
 GATHER_ALL = "gather_all"
 CFG_SPLIT = "cfg_split"
+ON_PATCH = "latent_on_patch"
 WARMUP = 2
 DEFAULT_MODES = ("corrected", "stale", "fresh", "local", GATHER_ALL, CFG_SPLIT)
 
@@ -60,7 +62,7 @@ def variants_of(request: BenchRequest, graph: LayerGraph) -> tuple[Variant, ...]
 
 
 def _variant(request: BenchRequest, graph: LayerGraph, mode: str) -> Variant:
-    policy = {GATHER_ALL: "stale", CFG_SPLIT: "corrected"}.get(mode, mode)
+    policy = {GATHER_ALL: "stale", CFG_SPLIT: "corrected", ON_PATCH: "corrected"}.get(mode, mode)
     # One step to let messages queue as they do in a run, then the measured ones, in every round; none is the last one.
     steps = WARMUP + request.rounds * (request.steps + 1) + 1
     plan = make_plan(
@@ -74,6 +76,7 @@ def _variant(request: BenchRequest, graph: LayerGraph, mode: str) -> Variant:
             dtype=request.dtype,
             layers_per_bucket=request.layers_per_bucket,
             pattern="gather_all" if mode == GATHER_ALL else "neighbours",
+            latent=LatentPlace.PATCH if mode == ON_PATCH else LatentPlace.WHOLE,
         ),
         graph,
     )

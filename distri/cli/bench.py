@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--modes",
     default="",
     metavar="A,B",
-    help="Policies, gather_all (the reference's pattern), cfg_split. Default: those that matter.",
+    help="Policies, gather_all (the reference's pattern), cfg_split, latent_on_patch. Default: those that matter.",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Turns of each way.")
 @click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Steps in a turn.")
