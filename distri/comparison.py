@@ -11,13 +11,12 @@ from distri.executor import (
     Drawing,
     Progress,
     RunRequest,
-    check_output,
     draw,
     draw_on_ranks,
     is_writer,
-    save,
     starts_ranks,
 )
+from distri.outputs import check_output, save
 
 if TYPE_CHECKING:
     from PIL.Image import Image

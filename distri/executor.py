@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from distri.core.latent import KEEPS_CHECKPOINTS
 from distri.core.plan import Plan
-from distri.errors import OutputError, PlanError, RunError, UserError
+from distri.errors import PlanError, RunError, UserError
+from distri.outputs import check_directory, check_output, remove_unfinished, save, save_latent, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distri.session import Session
 
 Progress = Callable[[int, int], None]
-PATHS = ("output", "checkpoint", "resume")
+PATHS = ("output", "checkpoint", "resume", "trace")
 RANK_BODY = "distri.executor:run_as_rank"
 
 
@@ -39,7 +39,7 @@ class RunRequest:
     checkpoint: where a checkpoint is written every `checkpoint_every` steps (0: never). resume: a checkpoint to go on
     from. may_resume: go on from `checkpoint` if there is one. check_finite: look for NaN once in so many steps.
     compiler: the `torch.compile` backend for what lies between exchanges. tiles_decoder: rank 0 decodes tile by tile.
-    cuda_graphs: record steps that repeat, and replay them.
+    cuda_graphs: record steps that repeat, and replay them. trace: where what some steps did when is written.
     """
 
     model: str
@@ -59,6 +59,7 @@ class RunRequest:
     compiler: str | None = None
     tiles_decoder: bool = False
     cuda_graphs: bool = False
+    trace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> RunResult:
         RunError: a rank failed.
     """
     check_output(request.output)
+    check_trace(request)
     if request.plan.keeps_latent_on_patch and (request.checkpoint_every or request.resume is not None):
         raise PlanError(KEEPS_CHECKPOINTS)
     find_start(request)
@@ -97,7 +99,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> RunResult:
         try:
             result = draw_on_ranks(request, progress)
         finally:
-            _remove_unfinished(request.output)
+            remove_unfinished(request.output)
     else:
         drawing = draw(request, progress, decodes=is_writer())
         save(drawing.image, request.output, is_writer())
@@ -107,6 +109,23 @@ def run(request: RunRequest, progress: Progress | None = None) -> RunResult:
     return RunResult(
         request.output, result["seconds"], result["seconds_per_step"], request.plan.mesh.size, request.backend
     )
+
+
+def check_trace(request: RunRequest) -> None:
+    """Hold that there will be something to trace, and a place for it.
+
+    Raises:
+        UserError: the ranks are not processes of their own.
+        OutputError: the place is not writable.
+    """
+    if request.trace is None:
+        return
+    check_directory(request.trace)
+    if request.backend != "torch" or request.plan.mesh.size == 1:
+        raise UserError(
+            "--trace shows ranks that are processes of their own: --backend torch, two ranks or more; "
+            "a prediction's is written by distri simulate --trace"
+        )
 
 
 def starts_ranks(request: RunRequest) -> bool:
@@ -143,7 +162,30 @@ def draw(request: RunRequest, progress: Progress | None = None, decodes: bool = 
         take_precautions(session, pipe, request)
         text = encode_text(session, pipe, request)
         has_part = splits and request.backend == "torch"  # every process decodes its patch
-        return call_pipeline(pipe, request, text, progress, decodes or has_part)
+        with traced(session, pipe, request, progress) as following:
+            return call_pipeline(pipe, request, text, following, decodes or has_part)
+
+
+@contextmanager
+def traced(
+    session: Session, pipe: Any, request: RunRequest, progress: Progress | None
+) -> Iterator[Progress | None]:
+    """Trace the run inside, if it is asked for: what comes out is to be told of its progress.
+
+    Raises:
+        OutputError: the trace cannot be written.
+    """
+    if request.trace is None:
+        yield progress
+        return
+    from distri.tracing import RunTracer
+
+    path = request.trace
+    with RunTracer(pipe.unet, session.backend) as tracer:
+        yield tracer.following(progress)
+    text = tracer.together(f"{request.plan.model.name}, {request.plan.policy.name}, as it ran")
+    if text is not None:
+        write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def decodes_in_patches(request: RunRequest, pipe: Any) -> bool:
@@ -366,7 +408,7 @@ def run_as_rank(arguments: dict[str, Any], progress: Progress | None = None) -> 
     drawing = draw(request, progress, decodes=is_writer())
     save(drawing.image, request.output, is_writer())
     if arguments.get("latent") and is_writer():
-        _save_latent(drawing.latent_BCHW, Path(arguments["latent"]))
+        save_latent(drawing.latent_BCHW, Path(arguments["latent"]))
     return {"seconds": drawing.seconds, "seconds_per_step": drawing.seconds_per_step}
 
 
@@ -390,51 +432,3 @@ def request_from_json(body: dict[str, Any]) -> RunRequest:
     values["plan"] = parse_plan(json.dumps(body["plan"]))
     values |= {name: Path(body[name]) for name in PATHS if body[name] is not None}
     return RunRequest(**values)
-
-
-def check_output(path: Path | None) -> None:
-    """Hold that a result can be written, before anything is loaded.
-
-    Raises:
-        OutputError: the directory does not exist or is not writable, or the path is a directory.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; name a file")
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise OutputError(f"{path}: pictures are written as .png, .jpg or .webp")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no directory {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: the directory {path.parent} is not writable")
-
-
-def _remove_unfinished(path: Path | None) -> None:
-    """Remove what ranks that were killed while they wrote have left; all of them have ended."""
-    if path is not None:
-        for unfinished in path.parent.glob(f".{glob.escape(path.name)}.*{path.suffix}"):
-            unfinished.unlink(missing_ok=True)
-
-
-def save(image: Image | None, path: Path | None, writer: bool = True) -> None:
-    """Write a picture whole or not at all.
-
-    Raises:
-        OutputError: the file system refuses.
-    """
-    if path is None or image is None or not writer:
-        return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        image.save(unfinished)
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _save_latent(latent_BCHW: Tensor, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"latent": latent_BCHW.float().contiguous()}, path)

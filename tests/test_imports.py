@@ -50,6 +50,7 @@ DRIVERS = (
     "evaluation",
     "executor",
     "launch",
+    "outputs",
     "pipeline",
     "probe",
     "profiler",
@@ -58,6 +59,7 @@ DRIVERS = (
     "recorded",
     "sampling",
     "session",
+    "tracing",
 )
 DRIVER |= {f"distri.{name}" for name in DRIVERS} | {"torch", "numpy", "PIL", "safetensors", "skimage"}
 MAY_IMPORT |= {f"distri.{name}": DRIVER for name in DRIVERS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from distri.core.exchanger import Transport
@@ -10,6 +11,8 @@ from distri.core.plan import Plan
 from distri.errors import RunError
 
 R = TypeVar("R")
+Span = Callable[[str], AbstractContextManager[object]]
+"""Makes a context that is named, and timed by whoever made this."""
 
 
 class RecordingError(RunError):
@@ -55,6 +58,14 @@ class Backend(Protocol):
 
     def recorder(self) -> Recorder | None:
         """Of the one rank of this process, if its device can do a step without the host."""
+
+    def traced(self, span: Span) -> AbstractContextManager[object]:
+        """While it lasts, waits and messages of this process happen in spans named `waits for ...`, `late ...` and
+        `fresh ...`.
+        """
+
+    def collect(self, text: str) -> list[str] | None:
+        """Every process's text, in rank order, on that of rank 0; None on the others. All processes call it."""
 
     def for_plan(self, plan: Plan) -> Backend:
         """Another backend of this kind, for another plan of the same ranks; to be closed before this one."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distri.backends.base import Span
 from distri.core.buffers import VersionedBuffer
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
@@ -168,6 +170,14 @@ class InProcessBackend:
 
     def recorder(self) -> None:
         """There is none: several ranks share one host."""
+
+    def traced(self, span: Span) -> AbstractContextManager[object]:
+        """Nothing travels."""
+        return nullcontext()
+
+    def collect(self, text: str) -> list[str]:
+        """The one process's."""
+        return [text]
 
     def for_plan(self, plan: Plan) -> InProcessBackend:
         """All ranks of another plan."""

@@ -7,9 +7,10 @@ are those of the backend that this one is put around (in process: the definition
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from distri.backends.base import Backend
+from distri.backends.base import Backend, Span
 from distri.core.exchanger import Transport
 from distri.core.plan import Exchange, Plan
 from distri.simulator.result import SimulationResult
@@ -68,6 +69,14 @@ class SimulatedBackend:
 
     def recorder(self) -> None:
         """There is none: values are computed in process."""
+
+    def traced(self, span: Span) -> AbstractContextManager[object]:
+        """As the backend for values does it."""
+        return self._values.traced(span)
+
+    def collect(self, text: str) -> list[str] | None:
+        """As the backend for values does it."""
+        return self._values.collect(text)
 
     def for_plan(self, plan: Plan) -> Backend:
         """That of the values: what is not in the simulated plan does not move the clock."""

@@ -152,6 +152,7 @@ def _with_transport(backend: Any, transport: Any) -> Any:
         local_ranks=backend.local_ranks,
         transport=lambda _: transport,
         broadcast=backend.broadcast,
+        broadcast_like=backend.broadcast_like,
         abort=backend.abort,
         close=backend.close,
     )

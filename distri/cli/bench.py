@@ -119,7 +119,9 @@ def _compare(flags: dict[str, Any]) -> None:
         write_text(flags["output"], json.dumps(report, indent=1) + "\n")
     title = f"{request.model}, {height}x{width}, {request.ranks} ranks, {request.dtype}; {result['device']}"
     if flags["picture"] is not None:
-        executor.save(bar_chart(rows, title), flags["picture"])
+        from distri.outputs import save
+
+        save(bar_chart(rows, title), flags["picture"])
     if flags["as_json"]:
         print_json(report)
     else:

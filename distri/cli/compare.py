@@ -34,7 +34,8 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, **flags: Any) ->
       distri compare --backend in_process --gpus 3 --split cols --json
     """
     from distri.comparison import compare
-    from distri.executor import check_output, is_writer
+    from distri.executor import is_writer
+    from distri.outputs import check_output
 
     check_output(output)
     request = request_from(flags, output, ctx)

@@ -76,9 +76,9 @@ def command(as_json: bool, sheet: Path | None, num_prompts: int, **flags: Any) -
     """
     from distri.contact_sheet import contact_sheet
     from distri.evaluation import EvaluationRequest, demo_prompts, evaluate
-    from distri.executor import check_output, save
     from distri.models.presets import load_graph
     from distri.models.samplers import SAMPLERS
+    from distri.outputs import check_output, save
 
     check_output(sheet)
     unknown = [name for name in flags["samplers"] if name not in SAMPLERS]

@@ -79,6 +79,11 @@ ELASTIC_ATTEMPTS = 4
     help="Record the steps that repeat as CUDA graphs, messages included, and replay them.",
 )
 @click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Write what some steps did when, as torch.profiler saw it, in the form of distri simulate --trace.",
+)
+@click.option(
     "--tile-decoder",
     "tiles_decoder",
     is_flag=True,
@@ -105,6 +110,7 @@ def command(
     compiles: bool,
     compile_backend: str | None,
     cuda_graphs: bool,
+    trace: Path | None,
     tiles_decoder: bool,
     **flags: Any,
 ) -> None:
@@ -122,8 +128,9 @@ def command(
       torchrun --nproc-per-node 2 --max-restarts 3 -m distri run --elastic
     """
     from distri import executor
+    from distri.outputs import check_output
 
-    executor.check_output(output)
+    check_output(output)
     if elastic and flags["plan_path"] is None:
         flags["gpus"] = int(os.environ.get("WORLD_SIZE", flags["gpus"]))
     choice = None if elastic or resume is not None else choose(ctx, flags)
@@ -139,6 +146,7 @@ def command(
         compiler=(compile_backend or "inductor") if compiles or compile_backend else None,
         tiles_decoder=tiles_decoder,
         cuda_graphs=cuda_graphs,
+        trace=trace,
     )
     if request.compiler is not None:
         from distri.models.compiling import check_compiler
@@ -169,6 +177,7 @@ def command(
             ("backend", result.backend),
             ("time, loading aside", f"{result.seconds:.2f} s"),
             ("time of a step", f"{result.seconds_per_step:.3f} s"),
+            *([("trace", str(trace))] if trace is not None else []),
             *compared,
         ],
     )

@@ -7,11 +7,13 @@ have arrived is memory that lies ready.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distri.backends.base import Span
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
 from distri.core.traffic import messages, part_shapes
@@ -105,6 +107,14 @@ class InstantBackend:
 
     def recorder(self) -> None:
         """There is none: `distri.bench.one_rank` captures a step by itself."""
+
+    def traced(self, span: Span) -> AbstractContextManager[object]:
+        """Nothing travels."""
+        return nullcontext()
+
+    def collect(self, text: str) -> list[str]:
+        """The one process's."""
+        return [text]
 
     def for_plan(self, plan: Plan) -> InstantBackend:
         """The same rank of another plan."""

@@ -74,26 +74,28 @@ def _order(event: Event) -> tuple[float, int, int, str]:
 def _names(timeline: Timeline) -> Iterator[Event]:
     used = {(span.rank, span.stream) for span in timeline.spans}
     for rank in range(timeline.num_ranks):
-        yield _meta("process_name", rank, 0, f"rank {rank}")
-        yield {**_meta("process_sort_index", rank, 0, ""), "args": {"sort_index": rank}}
-        yield _meta("thread_name", rank, STEP_TRACK, "steps")
+        yield name_event("process_name", rank, 0, f"rank {rank}")
+        yield {**name_event("process_sort_index", rank, 0, ""), "args": {"sort_index": rank}}
+        yield name_event("thread_name", rank, STEP_TRACK, "steps")
         for stream, track in TRACKS.items():
             if (rank, stream) in used:
-                yield _meta("thread_name", rank, track, STREAM_NAMES[stream])
+                yield name_event("thread_name", rank, track, STREAM_NAMES[stream])
     met = sorted({load.channel for load in timeline.loads})
     if met:
-        yield _meta("process_name", timeline.num_ranks, 0, "links")
+        yield name_event("process_name", timeline.num_ranks, 0, "links")
     for channel in met:
-        yield _meta("thread_name", timeline.num_ranks, channel + 1, timeline.channels[channel].name)
+        yield name_event("thread_name", timeline.num_ranks, channel + 1, timeline.channels[channel].name)
 
 
-def _meta(name: str, pid: int, tid: int, value: str) -> Event:
+def name_event(name: str, pid: int, tid: int, value: str) -> Event:
+    """What says how a process or a track is called."""
     return {"ph": "M", "name": name, "pid": pid, "tid": tid, "ts": 0, "args": {"name": value}}
 
 
-def _slice(
+def slice_event(
     name: str, category: str, pid: int, tid: int, start_ns: int, end_ns: int, **arguments: Any
 ) -> Event:
+    """A slice on a track."""
     return {
         "ph": "X", "name": name, "cat": category, "pid": pid, "tid": tid,
         "ts": to_us(start_ns), "dur": to_us(end_ns - start_ns), "args": arguments,
@@ -104,7 +106,7 @@ def _spans(timeline: Timeline) -> Iterator[Event]:
     for span in timeline.spans:
         category = "communication" if isinstance(span.work, Call) else STREAM_NAMES[span.stream]
         track = TRACKS[span.stream]
-        yield _slice(
+        yield slice_event(
             timeline.name_of(span), category, span.rank, track, span.start_ns, span.end_ns, **_arguments(span)
         )
 
@@ -128,12 +130,12 @@ def _steps(timeline: Timeline) -> Iterator[Event]:
                 after = timeline.computing.get((visit + 1, rank))
                 end = timeline.spans[after[0]].start_ns if after else timeline.end_ns
                 start = timeline.spans[places[0]].start_ns
-                yield _slice(timeline.step_name(visit), "step", rank, STEP_TRACK, start, end, step=visit)
+                yield slice_event(timeline.step_name(visit), "step", rank, STEP_TRACK, start, end, step=visit)
 
 
 def _idle(timeline: Timeline) -> Iterator[Event]:
     for idle in timeline.idle():
-        yield _slice(
+        yield slice_event(
             f"waits for {idle.label}", "wait", idle.rank, TRACKS[COMPUTE_STREAM], idle.start_ns, idle.end_ns,
             step=idle.visit,
         )  # fmt: skip
@@ -159,7 +161,9 @@ def _links(timeline: Timeline) -> Iterator[Event]:
     for load in timeline.loads:
         name = timeline.channels[load.channel].name
         rate = load.bytes_per_s / 1e9
-        yield _slice(f"{rate:.4g} GB/s", "link", pid, load.channel + 1, load.start_ns, load.end_ns, link=name)
+        yield slice_event(
+            f"{rate:.4g} GB/s", "link", pid, load.channel + 1, load.start_ns, load.end_ns, link=name
+        )
         if ends.get(load.channel, load.start_ns) < load.start_ns:
             yield _counter(name, pid, ends[load.channel], {"GB/s": 0.0})
         yield _counter(name, pid, load.start_ns, {"GB/s": rate})
@@ -192,7 +196,7 @@ def rank_trace(timeline: Timeline, rank: int) -> dict[str, Any]:
     events = list(_kernels(timeline, rank))
     for visit in range(len(timeline.starts_ns) - 1):
         start, end = timeline.starts_ns[visit : visit + 2]
-        events.append(_slice(f"ProfilerStep#{visit}", "user_annotation", rank, rank, start, end))
+        events.append(slice_event(f"ProfilerStep#{visit}", "user_annotation", rank, rank, start, end))
     events.sort(key=_order)
     return {
         "schemaVersion": 1,
@@ -211,9 +215,9 @@ def _kernels(timeline: Timeline, rank: int) -> Iterator[Event]:
         if isinstance(span.work, Call):
             pattern = "AllGather" if span.work.groups else "SendRecv"
             name = f"ncclDevKernel_{pattern} {name}"
-        launch = _slice("cudaLaunchKernel", "cuda_runtime", rank, rank, span.start_ns, span.start_ns)
+        launch = slice_event("cudaLaunchKernel", "cuda_runtime", rank, rank, span.start_ns, span.start_ns)
         launch["args"] = {"correlation": number + 1, "External id": number + 1}
-        kernel = _slice(name, "kernel", 0, _FIRST_STREAM + span.stream, span.start_ns, span.end_ns)
+        kernel = slice_event(name, "kernel", 0, _FIRST_STREAM + span.stream, span.start_ns, span.end_ns)
         kernel["args"] = {
             "device": 0, "stream": _FIRST_STREAM + span.stream, "correlation": number + 1,
             "External id": number + 1, **_arguments(span),

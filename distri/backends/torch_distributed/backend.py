@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -19,14 +21,14 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import distri
-from distri.backends.base import Recorder
+from distri.backends.base import Recorder, Span
 from distri.backends.torch_distributed.advice import advice_on_links
 from distri.backends.torch_distributed.agreement import check_identities, decode, describe_tensors, encode
 from distri.backends.torch_distributed.alarm import Alarm, LostPeerError, StoreWatch, first_line
 from distri.backends.torch_distributed.giving_way import giving_way
 from distri.backends.torch_distributed.lane import Lane, open_lane
 from distri.backends.torch_distributed.recorder import CudaGraphs, TransportRecorder
-from distri.backends.torch_distributed.transport import Links, TorchTransport
+from distri.backends.torch_distributed.transport import Links, TorchTransport, no_span
 from distri.backends.torch_distributed.wire import Wire
 from distri.core.plan import Plan
 from distri.errors import RunError, UserError
@@ -64,6 +66,7 @@ class TorchBackend:
         self.timeout_s = timeout_s
         self.who = name_of(self.rank)
         self._is_closed = False
+        self._num_collected = 0
         self._failed = False
         self._owns_group = not dist.is_initialized()
         self._store = self._rendezvous(size)
@@ -92,6 +95,32 @@ class TorchBackend:
     def recorder(self) -> Recorder | None:
         """CUDA graphs; None on a CPU."""
         return TransportRecorder(self._transport, CudaGraphs()) if self.device.type == "cuda" else None
+
+    @contextmanager
+    def traced(self, span: Span) -> Iterator[None]:
+        """While it lasts, waits and messages happen in spans."""
+        self._transport.span = span
+        try:
+            yield
+        finally:
+            self._transport.span = no_span
+
+    def collect(self, text: str) -> list[str] | None:
+        """Every rank's text on rank 0, through the store of the rendezvous.
+
+        Raises:
+            RunError: a rank's did not come in time.
+        """
+        self._num_collected += 1
+        name = f"collected/{self._num_collected}"
+        if self.rank != 0:
+            self._store.set(f"{name}/{self.rank}", text)
+            return None
+        try:
+            others = range(1, self.plan.mesh.size)
+            return [text, *(self._store.get(f"{name}/{rank}").decode() for rank in others)]
+        except dist.DistError as error:
+            raise RunError(f"not every rank's trace came: {first_line(error)}") from error
 
     def for_plan(self, plan: Plan) -> TorchBackend:
         """This rank in another plan, with lanes and process groups of its own."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from distri.backends.base import Span
 from distri.backends.torch_distributed.alarm import Alarm, LostPeerError
 from distri.backends.torch_distributed.arena import Arena
 from distri.backends.torch_distributed.deliveries import Deliveries, Delivery, OpenBucket
@@ -27,6 +29,11 @@ from distri.core.shape import Rect
 from distri.core.staleness import check_version, version_from
 from distri.core.traffic import output_ranks
 from distri.errors import RunError, ScheduleMismatchError
+
+
+def no_span(name: str) -> AbstractContextManager[object]:
+    """Nobody watches."""
+    return nullcontext()
 
 
 @dataclass
@@ -86,6 +93,7 @@ class TorchTransport:
         self.who = who
         self.device = device
         self.stats = TransportStats()
+        self.span: Span = no_span
         self.routes = Routes(plan, plan.mesh.patch_of(rank))
         self.arena = Arena(self.routes, device)
         self._links = links
@@ -193,7 +201,12 @@ class TorchTransport:
         output = self._outputs[key]
         output.pack(own, self.who)
         wire = self._links.world_wire
-        self._gather = self._links.urgent.submit(lambda: wire.exchange(output.sends, output.receives))
+
+        def exchange_outputs() -> None:
+            with self.span(f"fresh {exchange.layer}"):
+                wire.exchange(output.sends, output.receives)
+
+        self._gather = self._links.urgent.submit(exchange_outputs)
         self.await_ticket(self._gather, f"the output, version {version}", exchange.kind.value)
         self.stats.count((0, sum(t.nbytes for t, _ in output.receives)))
         self._step, self._layer = version + 1, ""
@@ -267,7 +280,13 @@ class TorchTransport:
         parcel: Parcel = self.arena.parcel(layers, slot, is_late, resting)
         self.stats.count((1, parcel.num_bytes))
         patch, parts = self.routes.patch, self.routes.parts
-        return lane.submit(lambda: wire.deliver(parcel, patch, parts), promise)
+        name = f"late bucket {self.routes.by_key[layers[0]].bucket}" if is_late else f"fresh {layers[0]}"
+
+        def deliver() -> None:
+            with self.span(name):
+                wire.deliver(parcel, patch, parts)
+
+        return lane.submit(deliver, promise)
 
     def _pack(self, route: Route, slot: int, parts: Sequence[Tensor], is_late: bool) -> None:
         self._await_user(self._now.slot_users.get((route.key, slot)), route)
@@ -323,7 +342,8 @@ class TorchTransport:
         """
         started = time.perf_counter()
         try:
-            ticket.wait()
+            with self.span(f"waits for {what}"):
+                ticket.wait()
         except RunError as error:
             cause = self._links.alarm.settled() or str(error)
             self._links.alarm.ring(cause)  # from here on, whoever waits for anything stops
