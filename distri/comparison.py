@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 from distri.executor import (
     Drawing,
     Progress,
-    RunRequest,
     draw,
     draw_on_ranks,
-    is_writer,
     starts_ranks,
 )
-from distri.outputs import check_output, save
+from distri.outputs import check_output, is_writer, save
+from distri.request import RunRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,50 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distri.core.latent import KEEPS_CHECKPOINTS
-from distri.core.plan import Plan
 from distri.errors import PlanError, RunError, UserError
-from distri.outputs import check_directory, check_output, remove_unfinished, save, save_latent, write_whole
+from distri.outputs import (
+    check_directory,
+    check_output,
+    is_writer,
+    remove_unfinished,
+    save,
+    save_latent,
+    write_whole,
+)
+from distri.precautions import find_start, forget_checkpoint, take_precautions
+from distri.request import RunRequest, request_from_json, request_to_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from distri.checkpoint import ResumePoint, RunIdentity
     from distri.session import Session
 
 Progress = Callable[[int, int], None]
-PATHS = ("output", "checkpoint", "resume", "trace")
 RANK_BODY = "distri.executor:run_as_rank"
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What to draw, by which plan, on which backend; and what is done against faults.
-
-    checkpoint: where a checkpoint is written every `checkpoint_every` steps (0: never). resume: a checkpoint to go on
-    from. may_resume: go on from `checkpoint` if there is one. check_finite: look for NaN once in so many steps.
-    compiler: the `torch.compile` backend for what lies between exchanges. tiles_decoder: rank 0 decodes tile by tile.
-    cuda_graphs: record steps that repeat, and replay them. trace: where what some steps did when is written.
-    """
-
-    model: str
-    plan: Plan
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-    guidance_scale: float = 5.0
-    backend: str = "torch"
-    output: Path | None = None
-    timeout_s: float = 60.0
-    checkpoint_every: int = 0
-    checkpoint: Path | None = None
-    resume: Path | None = None
-    may_resume: bool = False
-    check_finite: int = 0
-    compiler: str | None = None
-    tiles_decoder: bool = False
-    cuda_graphs: bool = False
-    trace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -131,11 +107,6 @@ def check_trace(request: RunRequest) -> None:
 def starts_ranks(request: RunRequest) -> bool:
     """Whether this process must start the ranks, rather than be one of them or run all of them."""
     return request.backend == "torch" and request.plan.mesh.size > 1 and "RANK" not in os.environ
-
-
-def is_writer() -> bool:
-    """Whether this process is the one that writes results: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def draw(request: RunRequest, progress: Progress | None = None, decodes: bool = True) -> Drawing:
@@ -218,70 +189,6 @@ def place(pipe: Any) -> Any:
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)
     return pipe
-
-
-def take_precautions(session: Session, pipe: Any, request: RunRequest) -> None:
-    """Compare the ranks' weights, and set up what the request asks for against faults.
-
-    Raises:
-        CheckpointError: the checkpoint to resume from is damaged or of another run.
-        RunError: the ranks differ.
-    """
-    from distri.checkpoint import CheckpointDirectory, CheckpointWriter
-    from distri.models.weights import weights_digest
-    from distri.session import Safeguards
-
-    weights = weights_digest(pipe.unet)
-    start = find_start(request, weights)
-    session.agree({"weights": weights, "point to resume from": start.summary if start else "the beginning"})
-    writer = None
-    if request.checkpoint_every and request.checkpoint is not None:
-        identity = identity_of(request).with_weights(weights)
-        target = CheckpointDirectory(request.checkpoint, identity, request.plan)
-        if is_writer():
-            target.clear(after=start.step if start is not None else -1)
-        writer = CheckpointWriter(target, request.checkpoint_every, start)
-    session.guard(Safeguards(writer, start, request.check_finite))
-
-
-def identity_of(request: RunRequest) -> RunIdentity:
-    """What a checkpoint of this run says of it."""
-    from distri.checkpoint import RunIdentity
-
-    return RunIdentity.of(
-        request.plan, request.prompt, request.negative_prompt, request.seed, request.guidance_scale
-    )
-
-
-def find_start(request: RunRequest, weights: str = "") -> ResumePoint | None:
-    """Where the run goes on: from the checkpoint asked for, or from the run's own if it may and there is one.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it is of another run.
-    """
-    from distri.checkpoint import CheckpointDirectory, CheckpointError, directory_of
-
-    source, last_step = request.resume, None
-    if source is not None:
-        source, last_step = directory_of(source)
-    elif request.may_resume:
-        source = request.checkpoint
-    if source is None:
-        return None
-    found = CheckpointDirectory(source, identity_of(request).with_weights(weights), request.plan).find(
-        last_step
-    )
-    if found is None and request.resume is not None:
-        raise CheckpointError(f"{request.resume}: there is no checkpoint of a completed step")
-    return found
-
-
-def forget_checkpoint(request: RunRequest) -> None:
-    """Remove the checkpoint of a run that is done."""
-    from distri.checkpoint import CheckpointDirectory
-
-    if request.checkpoint_every and request.checkpoint is not None:
-        CheckpointDirectory(request.checkpoint, identity_of(request), request.plan).clear()
 
 
 @contextmanager
@@ -410,25 +317,3 @@ def run_as_rank(arguments: dict[str, Any], progress: Progress | None = None) -> 
     if arguments.get("latent") and is_writer():
         save_latent(drawing.latent_BCHW, Path(arguments["latent"]))
     return {"seconds": drawing.seconds, "seconds_per_step": drawing.seconds_per_step}
-
-
-def request_to_json(request: RunRequest) -> dict[str, Any]:
-    """A request as plain JSON values; `request_from_json` is its inverse."""
-    from distri.config.plan import dump_plan
-
-    body = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    body["plan"] = dump_plan(request.plan)
-    return {**body, **{name: str(body[name]) for name in PATHS if body[name] is not None}}
-
-
-def request_from_json(body: dict[str, Any]) -> RunRequest:
-    """A request, its plan verified again."""
-    import json
-
-    from distri.config.plan import parse_plan
-
-    names = {field.name for field in dataclasses.fields(RunRequest)}
-    values = {name: value for name, value in body.items() if name in names}
-    values["plan"] = parse_plan(json.dumps(body["plan"]))
-    values |= {name: Path(body[name]) for name in PATHS if body[name] is not None}
-    return RunRequest(**values)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+def is_writer() -> bool:
+    """Whether this process is the one that writes results: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_output(path: Path | None) -> None:
     """Hold that a picture can be written, before anything is loaded.
 

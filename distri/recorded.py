@@ -61,11 +61,6 @@ class RecordedSteps:
         self._memo: dict[str, tuple[Tensor, ...]] = {}
         self._has_memo = False
 
-    @property
-    def num_recordings(self) -> int:
-        """How many steps were recorded so far."""
-        return len(self._recorded)
-
     def begin_image(self) -> None:
         """What is made once an image will be made again."""
         self._has_memo = False
@@ -77,7 +72,10 @@ class RecordedSteps:
             self._rehearsed.clear()
             self._recorded.clear()
             self._memo.clear()
-            self._arguments = _fresh(given, arguments["sample"].device)
+            with torch.inference_mode(
+                False
+            ):  # what is made in inference mode could not be written outside of it
+                self._arguments = _fresh(given, arguments["sample"].device)
         _copy(given, self._arguments)
         return dict(self._arguments)
 

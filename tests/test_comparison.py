@@ -11,12 +11,13 @@ from distri.core.plan import ImageRequest
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import policy_table
 from distri.models.presets import load_graph
+from distri.request import RunRequest
 
 
 def test_the_plan_s_picture_is_on_the_left_of_the_single_device_s(tmp_path: Path) -> None:
     image = ImageRequest(128, 96, 2)
     plan = make_plan(PlanRequest(image, 2, False, policy_table("local"), dtype="float32"), load_graph("demo"))
-    request = executor.RunRequest(
+    request = RunRequest(
         "demo", plan, "a red circle", guidance_scale=3.0, backend="in_process", output=tmp_path / "both.png"
     )
     result = compare(request)

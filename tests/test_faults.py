@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distri import executor
+from distri import executor, precautions
 from distri.checkpoint import CheckpointDirectory, CheckpointError
 from distri.core.plan import ImageRequest
 from distri.core.planner import PlanRequest, make_plan
 from distri.core.policy import policy_table
 from distri.errors import OutputError, PlanError, RunError
-from distri.executor import RunRequest
 from distri.models.presets import load_graph
+from distri.request import RunRequest
 from tests.backends.test_torch_distributed import is_alive, pids_in, wait_until
 from tests.fault_targets import LAYER, STEP_OF, STEPS, VARIABLE, WARMUP
 
@@ -218,7 +218,7 @@ def test_the_checkpoint_of_another_run_is_refused(kept: RunRequest) -> None:
 
 def test_the_checkpoint_of_other_weights_is_refused(kept: RunRequest) -> None:
     assert kept.resume is not None
-    identity = executor.identity_of(kept).with_weights("0" * 32)
+    identity = precautions.identity_of(kept).with_weights("0" * 32)
     with pytest.raises(CheckpointError, match="of another run: its weights is"):
         CheckpointDirectory(kept.resume, identity, kept.plan).find()
 
@@ -240,13 +240,13 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_step_that_not_all_ranks_kept_is_passed_over_for_one_that_they_did(kept: RunRequest) -> None:
     files_of(kept, "step-00004.rank-0")[0].unlink()
-    point = executor.find_start(kept)
+    point = precautions.find_start(kept)
     assert point is not None
     assert point.summary == "step 2, with the versions held"
 
 
 def test_a_single_file_names_the_step_to_go_on_from(kept: RunRequest) -> None:
-    point = executor.find_start(dataclasses.replace(kept, resume=files_of(kept, "step-00002.outputs")[0]))
+    point = precautions.find_start(dataclasses.replace(kept, resume=files_of(kept, "step-00002.outputs")[0]))
     assert point is not None
     assert point.step == 2
 

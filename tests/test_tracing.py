@@ -10,8 +10,8 @@ from distri.config.hardware import load_cluster
 from distri.core.plan import ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
 from distri.errors import OutputError, UserError
-from distri.executor import RunRequest
 from distri.models.presets import load_graph
+from distri.request import RunRequest
 from distri.simulator.lowering import Lowering
 from distri.simulator.options import SimulationOptions
 from distri.simulator.simulate import run_simulation

@@ -79,12 +79,12 @@ def command(**flags: Any) -> None:
 
 
 def _compare(flags: dict[str, Any]) -> None:
-    from distri import executor
     from distri.bench.chart import bar_chart
     from distri.bench.report import rows_of
     from distri.bench.variants import DEFAULT_MODES, BenchRequest, variants_of
     from distri.launch import run_ranks
     from distri.models.presets import defaults, load_graph
+    from distri.outputs import is_writer, save
 
     height, width = image_size_of(flags)
     modes = tuple(part.strip() for part in flags["modes"].split(",") if part.strip()) or DEFAULT_MODES
@@ -94,7 +94,7 @@ def _compare(flags: dict[str, Any]) -> None:
         SplitAxis(flags["split"]), flags["layers_per_bucket"],
     )  # fmt: skip
     variants = variants_of(request, load_graph(request.model))
-    with progress_bar("measuring", executor.is_writer()) as progress:
+    with progress_bar("measuring", is_writer()) as progress:
         result = run_ranks(
             request.ranks,
             "distri.bench.ranks:measure_as_rank",
@@ -102,7 +102,7 @@ def _compare(flags: dict[str, Any]) -> None:
             timeout_s=request.timeout_s,
             on_progress=progress,
         )
-    if not executor.is_writer():
+    if not is_writer():
         return
     rows = rows_of(result, variants)
     report = {
@@ -119,8 +119,6 @@ def _compare(flags: dict[str, Any]) -> None:
         write_text(flags["output"], json.dumps(report, indent=1) + "\n")
     title = f"{request.model}, {height}x{width}, {request.ranks} ranks, {request.dtype}; {result['device']}"
     if flags["picture"] is not None:
-        from distri.outputs import save
-
         save(bar_chart(rows, title), flags["picture"])
     if flags["as_json"]:
         print_json(report)

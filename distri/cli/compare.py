@@ -34,8 +34,7 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, **flags: Any) ->
       distri compare --backend in_process --gpus 3 --split cols --json
     """
     from distri.comparison import compare
-    from distri.executor import is_writer
-    from distri.outputs import check_output
+    from distri.outputs import check_output, is_writer
 
     check_output(output)
     request = request_from(flags, output, ctx)

@@ -20,7 +20,7 @@ from distri.core.refresh import RefreshRule
 from distri.errors import PlanError
 
 if TYPE_CHECKING:
-    from distri.executor import RunRequest
+    from distri.request import RunRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -348,8 +348,8 @@ def request_from(
     Raises:
         UserError: there is no such plan or model.
     """
-    from distri.executor import RunRequest
     from distri.models.presets import defaults
+    from distri.request import RunRequest
 
     path = flags["plan_path"]
     if plan is None:

@@ -19,7 +19,8 @@ from distri.cli.simulated_run import run_simulated
 from distri.errors import RunError
 
 if TYPE_CHECKING:
-    from distri.executor import Progress, RunRequest, RunResult
+    from distri.executor import Progress, RunResult
+    from distri.request import RunRequest
 
 ELASTIC_EVERY = 5
 ELASTIC_ATTEMPTS = 4
@@ -128,7 +129,7 @@ def command(
       torchrun --nproc-per-node 2 --max-restarts 3 -m distri run --elastic
     """
     from distri import executor
-    from distri.outputs import check_output
+    from distri.outputs import check_output, is_writer
 
     check_output(output)
     if elastic and flags["plan_path"] is None:
@@ -155,9 +156,9 @@ def command(
     if request.backend == "sim":
         run_simulated(request, flags["hardware"], as_json)
         return
-    with progress_bar("drawing", executor.is_writer()) as progress:
+    with progress_bar("drawing", is_writer()) as progress:
         result = run_elastic(request, progress) if elastic else executor.run(request, progress)
-    if not executor.is_writer():
+    if not is_writer():
         return
     compared = report(choice, result.seconds_per_step, learn) if choice is not None else []
     if as_json:

@@ -13,7 +13,8 @@ from distri.cli.render import console, progress_bar, show_result
 from distri.cli.simulation_tables import warnings_of
 
 if TYPE_CHECKING:
-    from distri.executor import RunRequest, RunResult
+    from distri.executor import RunResult
+    from distri.request import RunRequest
     from distri.simulator.result import SimulationResult
 
 
@@ -44,8 +45,9 @@ def has_weights(model: str) -> bool:
 
 def _draw(request: RunRequest) -> RunResult:
     from distri import executor
+    from distri.outputs import is_writer
 
-    with progress_bar("drawing", executor.is_writer()) as progress:
+    with progress_bar("drawing", is_writer()) as progress:
         return executor.run(dataclasses.replace(request, backend="in_process"), progress)
 
 

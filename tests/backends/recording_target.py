@@ -11,9 +11,10 @@ import torch
 
 from distri.config.plan import parse_plan
 from distri.core.plan import Plan
-from distri.executor import RunRequest, call_pipeline, use_threads
+from distri.executor import call_pipeline, use_threads
 from distri.models.load import load_pipeline
 from distri.pipeline import parallelize
+from distri.request import RunRequest
 from distri.session import Session
 from tests.backends.conformance_target import digests
 from tests.backends.tape import RefusingBackend, TapeBackend

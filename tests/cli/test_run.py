@@ -7,7 +7,8 @@ import pytest
 
 from distri import comparison, executor
 from distri.comparison import CompareResult
-from distri.executor import RunRequest, RunResult
+from distri.executor import RunResult
+from distri.request import RunRequest
 from tests.cli.conftest import Distri, Outcome, left_behind
 
 COMMANDS = ["run", "compare"]
