@@ -48,11 +48,16 @@ def _run_plan(plan: Plan, how: str) -> dict[str, Any]:
         return {
             "digests": found,
             "recordings": len(backend.deck.tapes),
-            "replays": sum(tape.num_replays - 1 for tape in backend.deck.tapes),
+            "replays": sum(max(0, tape.num_replays - 1) for tape in backend.deck.tapes),
             "bytes": stats.bytes_received,
             "parcels": stats.num_parcels,
-            "warned": [str(warning.message) for warning in warned],
+            "warned": _collected(backend, [str(warning.message) for warning in warned]),
         }
+
+
+def _collected(backend: TapeBackend, messages: list[str]) -> list[list[str]]:
+    """Every rank's, on rank 0."""
+    return [json.loads(text) for text in backend.collect(json.dumps(messages)) or ()]
 
 
 def draw(arguments: dict[str, Any], report: Callable[..., None]) -> dict[str, Any]:

@@ -146,18 +146,20 @@ class TapeBackend(TorchBackend):
         return transport
 
     def recorder(self) -> TransportRecorder:
-        return TransportRecorder(self._transport, self.deck.new_tape)
+        return TransportRecorder(self._transport, self.deck.new_tape, self.all_agree)
 
 
-class RefusingTape(Tape):
-    """A tape that does not run."""
+class FullTape(Tape):
+    """A tape that turns out to be full when the step is over."""
 
     def capture(self, work: Callable[[], Any]) -> Any:
+        super().capture(work)
         raise RuntimeError("this device records nothing")
 
 
 class RefusingBackend(TapeBackend):
-    """gloo on a device that turns out not to record."""
+    """gloo, where rank 0's device turns out not to record."""
 
     def recorder(self) -> TransportRecorder:
-        return TransportRecorder(self._transport, lambda: RefusingTape(self.deck))
+        new_tape = (lambda: FullTape(self.deck)) if self.rank == 0 else self.deck.new_tape
+        return TransportRecorder(self._transport, new_tape, self.all_agree)

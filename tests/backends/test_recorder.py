@@ -53,13 +53,15 @@ def test_replayed_steps_have_the_bits_and_send_the_bytes_of_plain_ones(num_ranks
     assert min(one["replays"] for one in recorded) > 0
 
 
-def test_where_a_device_cannot_record_the_run_goes_on_and_is_the_plain_one():
+def test_where_one_rank_s_device_cannot_record_none_does_and_the_run_is_the_plain_one():
     plans = plans_for(2)[:1]
     plain, refused = (run(2, plans, how) for how in ("plain", "refused"))
     assert_same_run(plans, plain, refused)
     assert refused[0]["warned"] == [
-        "a step cannot be recorded: this device records nothing; steps run one operation at a time"
+        [f"a step cannot be recorded: {why}; steps run one operation at a time"]
+        for why in ("this device records nothing", "another rank's device refused")
     ]
+    assert refused[0]["replays"] == 0
 
 
 def test_two_steps_of_warmup_and_two_steady_ones_are_recorded_and_all_later_ones_replayed():

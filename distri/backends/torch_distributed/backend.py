@@ -67,6 +67,7 @@ class TorchBackend:
         self.who = name_of(self.rank)
         self._is_closed = False
         self._num_collected = 0
+        self._num_votes = 0
         self._failed = False
         self._owns_group = not dist.is_initialized()
         self._store = self._rendezvous(size)
@@ -94,7 +95,25 @@ class TorchBackend:
 
     def recorder(self) -> Recorder | None:
         """CUDA graphs; None on a CPU."""
-        return TransportRecorder(self._transport, CudaGraphs()) if self.device.type == "cuda" else None
+        if self.device.type != "cuda":
+            return None
+        return TransportRecorder(self._transport, CudaGraphs(), self.all_agree)
+
+    def all_agree(self, says_yes: bool) -> bool:
+        """Whether every rank says yes; all ranks ask.
+
+        Raises:
+            LostPeerError: another rank failed, or did not say anything in time.
+        """
+        self._num_votes += 1
+        name = f"vote {self._num_votes}"
+        self._store.add(f"{name}: no", 0 if says_yes else 1)
+        if self._store.add(f"{name}: all", 1) == self.plan.mesh.size:
+            self._store.set(f"{name}: done", "1")
+        if not self._watch.wait_for(f"{name}: done", self.timeout_s):
+            cause = self._alarm.sentence or f"not every rank came to an agreement within {self.timeout_s:g} s"
+            raise LostPeerError(cause)
+        return self._store.add(f"{name}: no", 0) == 0
 
     @contextmanager
     def traced(self, span: Span) -> Iterator[None]:

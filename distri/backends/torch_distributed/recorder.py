@@ -63,17 +63,26 @@ class _CudaGraph:
 
 
 class TransportRecorder:
-    """Implements `distri.backends.base.Recorder` for layers that meet other ranks through `transport`."""
+    """Implements `distri.backends.base.Recorder` for layers that meet other ranks through `transport`.
 
-    def __init__(self, transport: TorchTransport, new_graph: Callable[[], DeviceGraph]) -> None:
+    all_agree: whether every rank says yes. NCCL wants a message that is recorded on one rank to be recorded on all.
+    """
+
+    def __init__(
+        self,
+        transport: TorchTransport,
+        new_graph: Callable[[], DeviceGraph],
+        all_agree: Callable[[bool], bool],
+    ) -> None:
         self._transport = transport
         self._new_graph = new_graph
+        self._all_agree = all_agree
 
     def record(self, step: int, work: Callable[[], R]) -> tuple[Recording, R]:
         """Record `work`, this rank's part of `step`, and do it.
 
         Raises:
-            RecordingError: the device cannot; nothing was sent, and the transport is where it was.
+            RecordingError: the device, or another rank's, cannot; the transport is where it was.
         """
         transport = self._transport
         transport.join()
@@ -87,16 +96,20 @@ class TransportRecorder:
             transport.join()
             return output
 
+        outputs: list[R] = []
+        refusal = "another rank's device refused"
         try:
-            output = graph.capture(whole_work)
+            outputs.append(graph.capture(whole_work))
         except (RuntimeError, LinkError) as error:
+            refusal = first_line(error)
+        if not self._all_agree(bool(outputs)):
             transport.resume(before, 0)
             transport.stats.count(counted, transport.stats.counts)
-            raise RecordingError(f"a step cannot be recorded: {first_line(error)}") from error
+            raise RecordingError(f"a step cannot be recorded: {refusal}")
         graph.replay()
         after = transport.deliveries
         transport.resume(after, 0)
-        return _Recording(transport, graph, step, after, (counted, transport.stats.counts)), output
+        return _Recording(transport, graph, step, after, (counted, transport.stats.counts)), outputs[0]
 
 
 @dataclass(frozen=True)
