@@ -46,7 +46,7 @@ def main() -> int:
     free = bench(None, options.side, options.rounds, layers)
     waits = {row["name"]: row["exposed"] * row["step_s"] for row in throttled["rows"]}
     report = {
-        "what": "seconds that rank 0 waits in a steady step; links throttled so that fresh waits for a third of it",
+        "what": "seconds of waiting in a steady step, mean of the ranks; throttled so that fresh waits for a third",
         "command": f"python benchmarks/exposed.py --rate {rate} --side {options.side} --rounds {options.rounds} "
         f"--layers-per-bucket {layers}",
         "rate_mbit_per_s": rate,

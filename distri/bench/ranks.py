@@ -8,7 +8,9 @@ run. Waiting is measured where a layer waits, by kind of exchange; not on a GPU,
 from __future__ import annotations
 
 import copy
+import json
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,6 +79,7 @@ def measure_as_rank(arguments: dict[str, Any], progress: Any = None) -> dict[str
         ways = [_open(variant, model, inputs, device, request, threads) for variant in variants]
         try:
             _measure(ways, request, device, progress)
+            _share_waits(ways, owner)
         finally:
             for way in ways:
                 way.close()
@@ -184,6 +187,18 @@ def _measure(ways: list[_Way], request: BenchRequest, device: torch.device, prog
             way.readings.buffer_bytes = way.buffer_bytes()
         if progress is not None:
             progress(number + 1, request.rounds)
+
+
+def _share_waits(ways: list[_Way], backend: Any) -> None:
+    """On rank 0, each way's waits as the mean of all ranks': one that is late makes the others wait."""
+    texts = backend.collect(json.dumps([way.readings.waited_s for way in ways]))
+    for place, way in enumerate(ways if texts is not None else ()):
+        ranks = [json.loads(text)[place] for text in texts]
+        if way.variant.plan is not None:
+            way.readings.waited_s = [
+                {kind: statistics.fmean(waited[kind] for waited in same_round) for kind in same_round[0]}
+                for same_round in zip(*ranks, strict=True)
+            ]
 
 
 def _turn(way: _Way, steps: int, device: torch.device) -> float:

@@ -12,10 +12,11 @@ from distri.bench.variants import SINGLE, Variant
 
 @dataclass(frozen=True)
 class Row:
-    """One way of drawing. Medians over the rounds, of the steady step, as rank 0 saw it.
+    """One way of drawing. Medians over the rounds, of the steady step, as rank 0 timed it.
 
     speedup: median of the ratios to the single device on one rank's threads in the same round. waited_s: of a step, by
-    kind of exchange. exposed: the part of a step that is waiting. planned_bytes: what the plan says a rank receives.
+    kind of exchange, the mean of all ranks. exposed: the part of a step that is waiting. planned_bytes: what the plan
+    says a rank receives.
     """
 
     name: str

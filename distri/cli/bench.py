@@ -106,7 +106,7 @@ def _compare(flags: dict[str, Any]) -> None:
         return
     rows = rows_of(result, variants)
     report = {
-        "what": "seconds of a steady denoising step; medians of interleaved rounds, as rank 0 saw it",
+        "what": "seconds of a steady denoising step; medians of interleaved rounds; waits are all ranks' mean",
         "command": _command(flags),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "request": {**dataclasses.asdict(request), "split": request.split.value},
