@@ -144,10 +144,9 @@ class PatchSampler:
         (rank,) = self._backend.local_ranks
         last = plan.image.num_inference_steps - 1
         parts = self._backend.transport(rank).gather(latent_exchange(plan), last, own_BChw)
-        both_BCHW = put_together(dict(enumerate(parts)), plan, plan.partition.patches)
-        return both_BCHW.chunk(plan.mesh.cfg, dim=0)[
-            0
-        ].contiguous()  # the guidance branches have the same one
+        branches_BCHW = put_together(dict(enumerate(parts)), plan, plan.partition.patches)
+        first_BCHW, *_ = branches_BCHW.chunk(plan.mesh.cfg, dim=0)  # all branches have the same one
+        return first_BCHW.contiguous()
 
     def _among_zeros(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() != 4:

@@ -15,7 +15,7 @@ from distri.core.latent import LatentPlace
 from distri.core.partition import SplitAxis
 from distri.core.plan import DTYPE_BYTES, ImageRequest, Plan
 from distri.core.planner import PlanRequest, make_plan
-from distri.core.policy import PolicyTable, builtin_tables, policy_table
+from distri.core.policy import PolicyTable, policy_table, table_names
 from distri.core.refresh import RefreshRule
 from distri.errors import PlanError
 
@@ -139,7 +139,7 @@ def plan_options(default_model: str, default_gpus: int) -> Callable[[F], F]:
             metavar="NAME",
             default="corrected",
             show_default=True,
-            help=f"How exchanges are served: {', '.join(builtin_tables())}.",
+            help=f"How exchanges are served: {', '.join(table_names())}.",
         ),
         click.option(
             "--policy-table",

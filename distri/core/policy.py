@@ -176,6 +176,11 @@ def builtin_tables() -> dict[str, PolicyTable]:
     return {table.name: table for table in tables}
 
 
+def table_names() -> tuple[str, ...]:
+    """What `policy_table` knows."""
+    return (*builtin_tables(), "partial")
+
+
 def policy_table(name: str) -> PolicyTable:
     """A built-in table by name.
 
@@ -186,5 +191,5 @@ def policy_table(name: str) -> PolicyTable:
         return partial_table(Reach())
     tables = builtin_tables()
     if name not in tables:
-        raise PolicyError(f"unknown policy {name!r}; known: {', '.join((*tables, 'partial'))}")
+        raise PolicyError(f"unknown policy {name!r}; known: {', '.join(table_names())}")
     return tables[name]
