@@ -78,9 +78,12 @@ CASES: list[tuple[str, str, int, int, str, bool]] = [
     ("out of memory", "load", 2, 1, WHO + OOM, False),
     ("out of memory", "warm-up", 3, 0, WHO + "step {step}, {near}: " + OOM, False),
     ("out of memory", "steady", 2, 0, WHO + "step {step}, {near}: " + OOM, True),
+    ("out of memory", "decode", 3, 1, WHO + ".*" + OOM, True),
+    ("disk full", "warm-up", 2, 0, WHO + ".*checkpoint of step {step} cannot be written to .*: " + FULL, False),
     ("disk full", "steady", 3, 1, WHO + ".*checkpoint of step {step} cannot be written to .*: " + FULL, False),
     ("disk full", "decode", 2, 0, "out.png: cannot be written: " + FULL, True),
     ("closed socket", "warm-up", 2, 1, r"step {step}, [\w.]+.*: (?:lost rank|the rendezvous store is gone)", False),
+    ("closed socket", "decode", 2, 1, r"lost rank|the rendezvous store is gone", True),
     ("closed socket", "steady", 3, 2, r"step [45], [\w.]+.*: (?:lost rank|the rendezvous store is gone)", True),
 ]  # fmt: skip
 

@@ -226,8 +226,13 @@ class TorchBackend:
                         device_id=self.device if self.device.type == "cuda" else None,
                     )
         except (dist.DistError, RuntimeError, ValueError) as error:
-            message = f"{self.who}: not all {size} ranks met within {self.timeout_s:g} s: {first_line(error)}"
-            raise RunError(message) from error
+            has_met = not self._owns_group  # they did before, so this one lost what they met in
+            what = (
+                "the rendezvous store is gone"
+                if has_met and isinstance(error, dist.DistNetworkError)
+                else f"not all {size} ranks met within {self.timeout_s:g} s"
+            )
+            raise RunError(f"{self.who}: {what}: {first_line(error)}") from error
         return store
 
     def _identity(self) -> dict[str, str]:
