@@ -68,7 +68,9 @@ class RecordedSteps:
     def hold(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments, in tensors that stay the same ones from step to step and from image to image."""
         given = {**arguments, "timestep": torch.as_tensor(arguments["timestep"])}
-        if not _is_like(self._arguments, given):
+        if _is_like(self._arguments, given):
+            _copy(given, self._arguments)
+        else:
             self._rehearsed.clear()
             self._recorded.clear()
             self._memo.clear()
@@ -76,7 +78,6 @@ class RecordedSteps:
                 False
             ):  # what is made in inference mode could not be written outside of it
                 self._arguments = _fresh(given, arguments["sample"].device)
-        _copy(given, self._arguments)
         return dict(self._arguments)
 
     def run(self, context: RankContext, work: Callable[[], Any]) -> Any:

@@ -23,7 +23,7 @@ from distri.backends.base import Backend
 from distri.core.plan import Plan
 from distri.core.staleness import phase_of
 from distri.simulator.tasks import COMPUTE_STREAM, FRESH_STREAM, HOST_LANE, LATE_STREAM, STREAM_NAMES
-from distri.simulator.trace import STEP_TRACK, TRACKS, Event, dump_trace, name_event, slice_event
+from distri.simulator.trace import STEP_TRACK, TRACKS, Event, dump_trace, event_order, rank_names, slice_event
 
 STEADY_STEPS: Final = 4
 LAYER: Final = "layer"
@@ -193,10 +193,7 @@ def _slice(event: Any, name: str, stream: int) -> Slice:
 
 def _names(ranks: Sequence[Sequence[Slice]]) -> Iterator[Event]:
     for rank, slices in enumerate(ranks):
-        yield name_event("process_name", rank, 0, f"rank {rank}")
-        yield name_event("thread_name", rank, STEP_TRACK, "steps")
-        for stream in sorted({s.stream for s in slices if s.stream is not None}, key=TRACKS.__getitem__):
-            yield name_event("thread_name", rank, TRACKS[stream], STREAM_NAMES[stream])
+        yield from rank_names(rank, {s.stream for s in slices if s.stream is not None})
 
 
 def _events(ranks: Sequence[Sequence[Slice]]) -> list[Event]:
@@ -214,4 +211,4 @@ def _events(ranks: Sequence[Sequence[Slice]]) -> list[Event]:
         for rank, slices in enumerate(ranks)
         for s in slices
     ]
-    return sorted(found, key=lambda event: (event["ts"], -event["dur"]))
+    return sorted(found, key=event_order)

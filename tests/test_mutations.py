@@ -9,7 +9,8 @@ import pytest
 
 from distri.errors import DistriError
 from distri.nn.conv2d import make_window
-from tests.mutations import LAWS, MUTATIONS, Mutation
+from tests.laws import LAWS
+from tests.mutations import MUTATIONS, Mutation
 
 FELL = (AssertionError, ArithmeticError, LookupError, RuntimeError, ValueError, DistriError)
 

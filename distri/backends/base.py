@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 from distri.core.exchanger import Transport
@@ -75,3 +75,29 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give everything back. May be called twice."""
+
+
+class OneProcess:
+    """What is the same for every backend whose ranks are all of one process: there is nobody to tell or to ask.
+
+    No step is recorded: several ranks share one host, and `distri.bench.one_rank` captures a lone one by itself.
+    """
+
+    def broadcast(self, value: Any) -> Any:
+        """All ranks already have it."""
+        return value
+
+    def broadcast_like(self, tensor: Any) -> Any:
+        """All ranks already have it."""
+        return tensor
+
+    def recorder(self) -> None:
+        """There is none."""
+
+    def traced(self, span: Span) -> AbstractContextManager[object]:
+        """Nothing travels."""
+        return nullcontext()
+
+    def collect(self, text: str) -> list[str]:
+        """The one process's."""
+        return [text]

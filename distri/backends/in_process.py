@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distri.backends.base import Span
+from distri.backends.base import OneProcess
 from distri.core.buffers import VersionedBuffer
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
@@ -145,7 +143,7 @@ def _folded(moments: Sequence[Tensor]) -> Tensor:
     return total
 
 
-class InProcessBackend:
+class InProcessBackend(OneProcess):
     """All ranks of a plan in this process."""
 
     name = "in_process"
@@ -159,25 +157,6 @@ class InProcessBackend:
     def transport(self, rank: int) -> InProcessTransport:
         """The transport of a rank."""
         return InProcessTransport(self.plan, rank, self._mailboxes)
-
-    def broadcast(self, value: Any) -> Any:
-        """All ranks already have it."""
-        return value
-
-    def broadcast_like(self, tensor: Any) -> Any:
-        """All ranks already have it."""
-        return tensor
-
-    def recorder(self) -> None:
-        """There is none: several ranks share one host."""
-
-    def traced(self, span: Span) -> AbstractContextManager[object]:
-        """Nothing travels."""
-        return nullcontext()
-
-    def collect(self, text: str) -> list[str]:
-        """The one process's."""
-        return [text]
 
     def for_plan(self, plan: Plan) -> InProcessBackend:
         """All ranks of another plan."""

@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -149,16 +148,9 @@ def _open(
 
 def _with_transport(backend: Any, transport: Any) -> Any:
     """The same backend with another transport."""
-    return SimpleNamespace(
-        plan=backend.plan,
-        name=backend.name,
-        local_ranks=backend.local_ranks,
-        transport=lambda _: transport,
-        broadcast=backend.broadcast,
-        broadcast_like=backend.broadcast_like,
-        abort=backend.abort,
-        close=backend.close,
-    )
+    served = copy.copy(backend)
+    served.transport = lambda _: transport
+    return served
 
 
 def _all_cores() -> int:

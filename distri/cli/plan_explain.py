@@ -9,7 +9,7 @@ from distri.cli.output import print_json
 from distri.cli.render import console, scaled
 from distri.core.graph import LayerGraph
 from distri.core.plan import Exchange, Plan
-from distri.core.policy import READS_LATE, ExchangeKind, Policy
+from distri.core.policy import READS_LATE, Policy
 from distri.errors import PlanError
 from distri.simulator.hardware import Cluster
 
@@ -73,8 +73,11 @@ def sentences(plan: Plan, exchange: Exchange, known: dict[str, Any]) -> list[str
     most = max(exchange.bytes_received, default=0)
     place = exchange.bytes_received.index(most)
     shape = "x".join(str(size) for size in exchange.shape)
-    is_kept = exchange.kind is ExchangeKind.OUTPUT and exchange.steady is Policy.LOCAL
-    source = "its partner in the other branch" if is_kept and most else _names(exchange.peers[place])
+    source = (
+        "its partner in the other branch"
+        if exchange.stays_on_patch and most
+        else _names(exchange.peers[place])
+    )
     lines = [
         f"{exchange.layer}: {exchange.kind.value} ({shape} {exchange.dtype}, level {exchange.level})",
         f"  patch {place} receives {scaled(most, 'B')} from {source}",
@@ -100,7 +103,7 @@ def sentences(plan: Plan, exchange: Exchange, known: dict[str, Any]) -> list[str
         lines.append(
             f"  afterwards: fresh; {when}; every rank waits {known['transfer_s'] * 1e3:.3f} ms for it, every step"
         )
-    elif is_kept:
+    elif exchange.stays_on_patch:
         lines.append(
             "  afterwards: local; the latent stays on its patch, and is gathered after the last step"
         )

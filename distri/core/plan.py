@@ -81,6 +81,11 @@ class Exchange:
     bytes_received: tuple[int, ...]
     bucket: int | None
 
+    @property
+    def stays_on_patch(self) -> bool:
+        """Whether it is an output that reaches the guidance partner of its patch only (`distri.core.latent`)."""
+        return self.kind is ExchangeKind.OUTPUT and self.steady is Policy.LOCAL
+
     def policy(self, phase: Phase) -> Policy:
         """How it is served in a phase."""
         return self.warmup if phase is Phase.WARMUP else self.steady

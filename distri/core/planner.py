@@ -309,7 +309,7 @@ def reception(
 
     Messages that do not travel every step count with their share of a step, rounded up.
     """
-    if exchange.kind is ExchangeKind.OUTPUT and exchange.steady is Policy.LOCAL:
+    if exchange.stays_on_patch:
         return _reception_of_partner(plan, exchange)
     parts = plan.mesh.patch
     sources: list[list[int]] = [[] for _ in range(parts)]

@@ -19,7 +19,7 @@ from distri.core.codec import Codec, payload_bytes
 from distri.core.mesh import Mesh
 from distri.core.ops.conv2d import ConvGeometry, halo_pieces
 from distri.core.plan import DTYPE_BYTES, Exchange
-from distri.core.policy import ExchangeKind, Policy
+from distri.core.policy import ExchangeKind
 from distri.core.shape import Rect
 
 
@@ -45,7 +45,7 @@ def messages_of(exchange: Exchange, patches: tuple[Rect, ...]) -> tuple[Message,
 
 def output_ranks(mesh: Mesh, output: Exchange, rank: int) -> tuple[int, ...]:
     """The ranks whose output reaches `rank`, its own included, in rank order."""
-    if output.steady is not Policy.LOCAL:
+    if not output.stays_on_patch:
         return tuple(range(mesh.size))
     return tuple(mesh.rank_of(branch, mesh.patch_of(rank)) for branch in range(mesh.cfg))
 

@@ -7,13 +7,11 @@ have arrived is memory that lies ready.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distri.backends.base import Span
+from distri.backends.base import OneProcess
 from distri.core.plan import Exchange, Plan
 from distri.core.policy import ExchangeKind
 from distri.core.traffic import messages, part_shapes
@@ -81,7 +79,7 @@ class InstantTransport:
         return torch.randn(shape, dtype=torch.float32, device=self._device).to(self._dtype)
 
 
-class InstantBackend:
+class InstantBackend(OneProcess):
     """One rank of a plan whose peers answer at once: implements `distri.backends.base.Backend`."""
 
     name = "instant"
@@ -96,25 +94,6 @@ class InstantBackend:
         """The transport of the one rank."""
         assert rank == self.local_ranks[0]
         return self._transport
-
-    def broadcast(self, value: Any) -> Any:
-        """This rank's own value."""
-        return value
-
-    def broadcast_like(self, tensor: Any) -> Any:
-        """This rank's own."""
-        return tensor
-
-    def recorder(self) -> None:
-        """There is none: `distri.bench.one_rank` captures a step by itself."""
-
-    def traced(self, span: Span) -> AbstractContextManager[object]:
-        """Nothing travels."""
-        return nullcontext()
-
-    def collect(self, text: str) -> list[str]:
-        """The one process's."""
-        return [text]
 
     def for_plan(self, plan: Plan) -> InstantBackend:
         """The same rank of another plan."""

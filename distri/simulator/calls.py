@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from distri.core.plan import DTYPE_BYTES, Exchange
-from distri.core.policy import READS_LATE, ExchangeKind, Policy, Reach
+from distri.core.policy import READS_LATE, ExchangeKind, Reach
 from distri.core.shape import Rect
 from distri.core.traffic import Message, message_bytes, messages_of
 from distri.simulator.collective import CollectiveCost, CollectiveModel
@@ -73,7 +73,7 @@ class CallFactory:
         first = members[0]
         if self._is_reference:
             return self.call(slot, label, stream, is_late, self._gathered(members, is_late, is_blocking))
-        if first.kind is ExchangeKind.OUTPUT and first.steady is Policy.LOCAL:
+        if first.stays_on_patch:
             return self._between_partners(slot, label, stream, first)
         everybody = first.kind is ExchangeKind.OUTPUT
         spread = [e for e in members if e.kind in _SPREAD and e.reach not in resting]

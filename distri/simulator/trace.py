@@ -11,7 +11,7 @@ Times are microseconds, as the format wants them, with the simulator's nanosecon
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +39,7 @@ def chrome_trace(timeline: Timeline, memory: Memory | None = None) -> dict[str, 
         *_links(timeline),
         *_memory(timeline, memory or {}),
     ]
-    events.sort(key=_order)
+    events.sort(key=event_order)
     return {
         "displayTimeUnit": "ms",
         "otherData": {"title": timeline.title, "simulated": "yes"},
@@ -64,7 +64,7 @@ def to_us(time_ns: int) -> float:
     return time_ns / 1000
 
 
-def _order(event: Event) -> tuple[float, int, int, str]:
+def event_order(event: Event) -> tuple[float, int, int, str]:
     """By time; a slice before what lies inside of it, a flow behind the slices that it ties to."""
     rank = "XCsf".index(event["ph"])
     longest_first = -event.get("dur", 0.0)
@@ -74,17 +74,22 @@ def _order(event: Event) -> tuple[float, int, int, str]:
 def _names(timeline: Timeline) -> Iterator[Event]:
     used = {(span.rank, span.stream) for span in timeline.spans}
     for rank in range(timeline.num_ranks):
-        yield name_event("process_name", rank, 0, f"rank {rank}")
-        yield {**name_event("process_sort_index", rank, 0, ""), "args": {"sort_index": rank}}
-        yield name_event("thread_name", rank, STEP_TRACK, "steps")
-        for stream, track in TRACKS.items():
-            if (rank, stream) in used:
-                yield name_event("thread_name", rank, track, STREAM_NAMES[stream])
+        yield from rank_names(rank, {stream for of, stream in used if of == rank})
     met = sorted({load.channel for load in timeline.loads})
     if met:
         yield name_event("process_name", timeline.num_ranks, 0, "links")
     for channel in met:
         yield name_event("thread_name", timeline.num_ranks, channel + 1, timeline.channels[channel].name)
+
+
+def rank_names(rank: int, streams: Set[int]) -> Iterator[Event]:
+    """How a rank, the track of its steps and those of the streams that it used are called."""
+    yield name_event("process_name", rank, 0, f"rank {rank}")
+    yield {**name_event("process_sort_index", rank, 0, ""), "args": {"sort_index": rank}}
+    yield name_event("thread_name", rank, STEP_TRACK, "steps")
+    for stream, track in TRACKS.items():
+        if stream in streams:
+            yield name_event("thread_name", rank, track, STREAM_NAMES[stream])
 
 
 def name_event(name: str, pid: int, tid: int, value: str) -> Event:
@@ -197,7 +202,7 @@ def rank_trace(timeline: Timeline, rank: int) -> dict[str, Any]:
     for visit in range(len(timeline.starts_ns) - 1):
         start, end = timeline.starts_ns[visit : visit + 2]
         events.append(slice_event(f"ProfilerStep#{visit}", "user_annotation", rank, rank, start, end))
-    events.sort(key=_order)
+    events.sort(key=event_order)
     return {
         "schemaVersion": 1,
         "distributedInfo": {"backend": "nccl", "rank": rank, "world_size": timeline.num_ranks},

@@ -10,7 +10,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -80,67 +80,6 @@ class TorchBackend:
             for sentence in advice_on_links():
                 warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
-    def broadcast_like(self, tensor: Any) -> Tensor:
-        """Rank 0's tensor, where every rank has one of its shape and dtype.
-
-        Raises:
-            LostPeerError: a rank is gone.
-        """
-        with torch.inference_mode(False):  # as above
-            received = torch.empty_like(tensor, device=self.device, memory_format=torch.contiguous_format)
-            if self.rank == 0:
-                received.copy_(tensor)
-            self._from_rank_0(received.view(-1).view(torch.uint8))
-        return received
-
-    def recorder(self) -> Recorder | None:
-        """CUDA graphs; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        return TransportRecorder(self._transport, CudaGraphs(), self.all_agree)
-
-    def all_agree(self, says_yes: bool) -> bool:
-        """Whether every rank says yes; all ranks ask.
-
-        Raises:
-            LostPeerError: another rank failed, or did not say anything in time.
-        """
-        self._num_votes += 1
-        name = f"vote {self._num_votes}"
-        self._store.add(f"{name}: no", 0 if says_yes else 1)
-        if self._store.add(f"{name}: all", 1) == self.plan.mesh.size:
-            self._store.set(f"{name}: done", "1")
-        if not self._watch.wait_for(f"{name}: done", self.timeout_s):
-            cause = self._alarm.sentence or f"not every rank came to an agreement within {self.timeout_s:g} s"
-            raise LostPeerError(cause)
-        return self._store.add(f"{name}: no", 0) == 0
-
-    @contextmanager
-    def traced(self, span: Span) -> Iterator[None]:
-        """While it lasts, waits and messages happen in spans."""
-        self._transport.span = span
-        try:
-            yield
-        finally:
-            self._transport.span = no_span
-
-    def collect(self, text: str) -> list[str] | None:
-        """Every rank's text on rank 0, through the store of the rendezvous.
-
-        Raises:
-            RunError: a rank's did not come in time.
-        """
-        self._num_collected += 1
-        name = f"collected/{self._num_collected}"
-        if self.rank != 0:
-            self._store.set(f"{name}/{self.rank}", text)
-            return None
-        try:
-            others = range(1, self.plan.mesh.size)
-            return [text, *(self._store.get(f"{name}/{rank}").decode() for rank in others)]
-        except dist.DistError as error:
-            raise RunError(f"not every rank's trace came: {first_line(error)}") from error
-
     def for_plan(self, plan: Plan) -> TorchBackend:
         """This rank in another plan, with lanes and process groups of its own."""
         return TorchBackend(plan, device=self.device, timeout_s=self.timeout_s)
@@ -175,6 +114,65 @@ class TorchBackend:
                 if tensor.numel():
                     self._from_rank_0(tensor.view(-1).view(torch.uint8))
         return decode(text, received)
+
+    def broadcast_like(self, tensor: Any) -> Tensor:
+        """Rank 0's tensor, where every rank has one of its shape and dtype.
+
+        Raises:
+            LostPeerError: a rank is gone.
+        """
+        with torch.inference_mode(False):  # as above
+            received = torch.empty_like(tensor, device=self.device, memory_format=torch.contiguous_format)
+            if self.rank == 0:
+                received.copy_(tensor)
+            self._from_rank_0(received.view(-1).view(torch.uint8))
+        return received
+
+    def recorder(self) -> Recorder | None:
+        """CUDA graphs; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return TransportRecorder(self._transport, CudaGraphs(), self.all_agree)
+
+    def all_agree(self, says_yes: bool) -> bool:
+        """Whether every rank says yes; all ranks ask.
+
+        Raises:
+            LostPeerError: another rank failed, or did not say anything in time.
+        """
+        self._num_votes += 1
+        name = f"vote {self._num_votes}"
+        self._store.add(f"{name}: no", 0 if says_yes else 1)
+        if not self._have_all_come(name, self.timeout_s):
+            cause = self._alarm.sentence or f"not every rank came to an agreement within {self.timeout_s:g} s"
+            raise LostPeerError(cause)
+        return self._store.add(f"{name}: no", 0) == 0
+
+    @contextmanager
+    def traced(self, span: Span) -> Iterator[None]:
+        """While it lasts, waits and messages happen in spans."""
+        self._transport.span = span
+        try:
+            yield
+        finally:
+            self._transport.span = no_span
+
+    def collect(self, text: str) -> list[str] | None:
+        """Every rank's text on rank 0, through the store of the rendezvous.
+
+        Raises:
+            RunError: a rank's did not come in time.
+        """
+        self._num_collected += 1
+        name = f"collected/{self._num_collected}"
+        if self.rank != 0:
+            self._store.set(f"{name}/{self.rank}", text)
+            return None
+        try:
+            others = range(1, self.plan.mesh.size)
+            return [text, *(self._store.get(f"{name}/{rank}").decode() for rank in others)]
+        except dist.DistError as error:
+            raise RunError(f"not every rank's report came: {first_line(error)}") from error
 
     def abort(self, reason: BaseException) -> None:
         """Tell every rank that this one failed, and where."""
@@ -303,12 +301,14 @@ class TorchBackend:
 
     def _part(self) -> None:
         """Wait, for a short while, until every rank has come this far: nobody loses a link that it still needs."""
-        try:
-            if self._store.add("parted", 1) == self.plan.mesh.size:
-                self._store.set("all parted", "1")
-        except RuntimeError:
-            return
-        self._watch.wait_for("all parted", min(CLOSE_LIMIT_S, self.timeout_s))
+        with suppress(RuntimeError):  # the store is gone, and so is whoever kept it
+            self._have_all_come("parted", min(CLOSE_LIMIT_S, self.timeout_s))
+
+    def _have_all_come(self, place: str, limit_s: float) -> bool:
+        """Whether every rank comes to this place of its program in time, before any alarm."""
+        if self._store.add(place, 1) == self.plan.mesh.size:
+            self._store.set(f"all {place}", "1")
+        return self._watch.wait_for(f"all {place}", limit_s)
 
 
 def _broadcast(tensor: Tensor) -> None:

@@ -110,7 +110,7 @@ class ThreadLane:
         Raises:
             LostPeerError: another rank failed.
         """
-        self.submit(_nothing).wait()
+        self.submit(nothing).wait()
 
     def close(self) -> None:
         """End the thread after the work it has; a thread that hangs in a broken link is left to die."""
@@ -129,7 +129,7 @@ class ThreadLane:
             ticket.finish(failure)
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Work that is done at once."""
 
 

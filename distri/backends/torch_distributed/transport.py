@@ -19,7 +19,7 @@ from distri.backends.base import Span
 from distri.backends.torch_distributed.alarm import Alarm, LostPeerError
 from distri.backends.torch_distributed.arena import Arena
 from distri.backends.torch_distributed.deliveries import Deliveries, Delivery, OpenBucket
-from distri.backends.torch_distributed.lane import Lane, StreamTicket, Ticket
+from distri.backends.torch_distributed.lane import Lane, StreamTicket, Ticket, nothing
 from distri.backends.torch_distributed.routes import Route, Routes
 from distri.backends.torch_distributed.wire import Addressed, Parcel, Wire
 from distri.core.plan import Exchange, Plan
@@ -192,7 +192,7 @@ class TorchTransport:
         ranks = output_ranks(self.plan.mesh, exchange, self.rank)
         if ranks == (self.rank,):
             # Nothing to send, but a mark: the host stays within a step of the device, as it does where it gathers.
-            self._gather = self._links.urgent.submit(lambda: None)
+            self._gather = self._links.urgent.submit(nothing)
             self._step, self._layer = version + 1, ""
             return [own]
         key = exchange.layer, self.plan.partition.at_step(version)
