@@ -28,17 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distri.core.plan import Plan
-from distri.errors import RunError, UserError
+from distri.errors import CheckpointError, RunError
 
 MAX_FILE_BYTES = 64 * 2**30
 MAX_FILES = 20_000
 KEPT = 2
 NAME = re.compile(r"step-(\d{5})\.(?:outputs|rank-(\d{1,5})-of-(\d{1,5}))\.safetensors")
 Held = Mapping[str, Tensor]
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be used: it is missing, damaged, or of another run."""
 
 
 @dataclass(frozen=True)

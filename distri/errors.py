@@ -43,6 +43,10 @@ class OutputError(UserError):
     """A result cannot be written where it was asked for."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint cannot be used: it is missing, damaged, or of another run."""
+
+
 class RunError(DistriError):
     """A run stopped; the message names the rank, step, layer and exchange as far as they are known."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from distri.errors import CheckpointError
 from distri.outputs import is_writer
 from distri.request import RunRequest
 
@@ -51,7 +52,7 @@ def find_start(request: RunRequest, weights: str = "") -> ResumePoint | None:
     Raises:
         CheckpointError: there is none, it is damaged, or it is of another run.
     """
-    from distri.checkpoint import CheckpointDirectory, CheckpointError, directory_of
+    from distri.checkpoint import CheckpointDirectory, directory_of
 
     source, last_step = request.resume, None
     if source is not None:

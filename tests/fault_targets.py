@@ -38,6 +38,17 @@ def _install(phase: str, fault: Callable[[], None]) -> None:
     import distri.models.load as loading
 
     load = loading.load_pipeline
+    if (
+        fault is _close_sockets and phase == "load"
+    ):  # weights are read before there is a connection: then, in the handshake
+        handshake = executor.take_precautions
+
+        def cut_off(*arguments: Any) -> None:
+            fault()
+            handshake(*arguments)
+
+        executor.take_precautions = cut_off
+        return
 
     def load_pipeline(name: str, dtype: str = "float32") -> Any:
         if phase == "load":

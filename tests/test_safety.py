@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import distri
-from distri.checkpoint import CheckpointDirectory, CheckpointError, RunIdentity
+from distri.checkpoint import CheckpointDirectory, RunIdentity
 from distri.config.plan import MAX_PLAN_BYTES, load_plan, parse_plan
-from distri.errors import ModelError, PlanError
+from distri.errors import CheckpointError, ModelError, PlanError
 from distri.launch import LOOPBACK, _environment
 from distri.models.load import HUB_MODELS, load_pipeline
 from tests.test_faults import request_for

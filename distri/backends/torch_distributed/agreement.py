@@ -26,9 +26,9 @@ def check_identities(store: Store, rank: int, size: int, identity: dict[str, str
         RunError: the first rank that did not come, or that differs, and in which entry.
     """
     store.set(f"identity/{rank}", json.dumps(identity))
-    first = _identity(store, 0)
+    first = _identity(store, 0, identity["who"])
     for other in range(1, size):
-        theirs = _identity(store, other)
+        theirs = _identity(store, other, identity["who"])
         for entry in first:
             if entry != "who" and theirs.get(entry) != first[entry]:
                 raise RunError(
@@ -37,12 +37,12 @@ def check_identities(store: Store, rank: int, size: int, identity: dict[str, str
                 )
 
 
-def _identity(store: Store, rank: int) -> dict[str, str]:
+def _identity(store: Store, rank: int, who: str) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(store.get(f"identity/{rank}"))
     except RuntimeError as error:
         limit_s = store.timeout.total_seconds()  # type: ignore[attr-defined]
-        raise RunError(f"rank {rank} did not come to the rendezvous within {limit_s:g} s") from error
+        raise RunError(f"{who}: rank {rank} did not come to the rendezvous within {limit_s:g} s") from error
     return found
 
 

@@ -29,7 +29,7 @@ from distri.backends.torch_distributed.giving_way import giving_way
 from distri.backends.torch_distributed.lane import Lane, open_lane
 from distri.backends.torch_distributed.recorder import CudaGraphs, TransportRecorder
 from distri.backends.torch_distributed.transport import Links, TorchTransport, no_span
-from distri.backends.torch_distributed.wire import Wire
+from distri.backends.torch_distributed.wire import LinkError, Wire, plainly
 from distri.core.plan import Plan
 from distri.errors import RunError, UserError
 
@@ -295,7 +295,7 @@ class TorchBackend:
 
     def _from_rank_0(self, tensor: Tensor) -> Tensor:
         """Fill `tensor` with rank 0's, on the urgent lane and so in order with everything else."""
-        ticket = self._links.urgent.submit(lambda: _broadcast(tensor))
+        ticket = self._links.urgent.submit(lambda: _broadcast(tensor, self.timeout_s))
         self._transport.await_ticket(ticket, "the broadcast from rank 0", "broadcast")
         return tensor
 
@@ -311,11 +311,11 @@ class TorchBackend:
         return self._watch.wait_for(f"all {place}", limit_s)
 
 
-def _broadcast(tensor: Tensor) -> None:
+def _broadcast(tensor: Tensor, timeout_s: float) -> None:
     try:
         dist.broadcast(tensor, src=0)
-    except RuntimeError as error:
-        raise RunError(first_line(error)) from error
+    except RuntimeError as error:  # a tree of messages, of which this rank does not know whose failed
+        raise LinkError(f"lost a rank: {plainly(error, timeout_s)}") from error
 
 
 def _place_in_world(plan: Plan) -> tuple[int, int]:

@@ -88,13 +88,8 @@ class Wire:
                 peer = other
                 work.wait(self._timeout)
         except RuntimeError as error:
-            raise LinkError(f"lost rank {self._ranks[peer]}: {self._plainly(error)}") from error
-
-    def _plainly(self, error: RuntimeError) -> str:
-        text = first_line(error)
-        if "Timed out" in text:
-            return f"nothing came from it within {self._timeout.total_seconds():g} s"
-        return "it closed the connection" if "closed by peer" in text or "reset by peer" in text else text
+            reason = plainly(error, self._timeout.total_seconds())
+            raise LinkError(f"lost rank {self._ranks[peer]}: {reason}") from error
 
     def _exchange_batched(self, sends: list[Addressed], receives: list[Addressed]) -> None:
         operations = [dist.P2POp(dist.isend, t, self._ranks[peer], self._group) for t, peer in sends]
@@ -123,6 +118,14 @@ class Wire:
                 self.exchange(sends, receives)
             for line in parcel.lines:
                 _pass_on(line, number, patch, parts)
+
+
+def plainly(error: RuntimeError, timeout_s: float) -> str:
+    """What became of a peer, from what gloo says of it at length."""
+    text = first_line(error)
+    if "Timed out" in text:
+        return f"nothing came from it within {timeout_s:g} s"
+    return "it closed the connection" if "closed by peer" in text or "reset by peer" in text else text
 
 
 def _add_round(
