@@ -1,6 +1,7 @@
 """A rank of `distri run` that meets a fault on purpose: what `test_faults` starts in place of the product's own body.
 
-DISTRI_TEST_FAULT holds {"kind", "phase", "rank"}; without it, or on another rank, nothing is different.
+DISTRI_TEST_FAULT holds {"kind", "phase", "rank", "begun"}: the last is a file that is made when the fault begins.
+Without it, or on another rank, nothing is different.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ def run_as_rank(arguments: dict[str, Any], progress: Any = None) -> dict[str, An
     """The body of a rank, with a fault in it."""
     fault = json.loads(os.environ.get(VARIABLE, "null"))
     if fault is not None and str(fault["rank"]) == os.environ["RANK"]:
-        _install(fault["phase"], FAULTS[fault["kind"]])
+        _install(fault["phase"], fault["kind"], Path(fault["begun"]))
     return executor.run_as_rank(arguments, progress)
 
 
-def _install(phase: str, fault: Callable[[], None]) -> None:
+def _install(phase: str, kind: str, begun: Path) -> None:
     import distri.models.load as loading
 
+    def fault() -> None:
+        begun.touch()
+        FAULTS[kind]()
+
     load = loading.load_pipeline
-    if (
-        fault is _close_sockets and phase == "load"
-    ):  # weights are read before there is a connection: then, in the handshake
+    if (kind, phase) == ("closed socket", "load"):  # nothing is open while weights are read: right after it
         handshake = executor.take_precautions
 
         def cut_off(*arguments: Any) -> None:

@@ -26,7 +26,7 @@ from tests.backends.test_torch_distributed import is_alive, pids_in, wait_until
 from tests.fault_targets import LAYER, STEP_OF, STEPS, VARIABLE, WARMUP
 
 TIMEOUT_S = 12.0
-LIMIT_S = TIMEOUT_S + 60.0  # starting up takes a while on a machine that does other things too
+LIMIT_S = TIMEOUT_S + 15.0  # from the fault to the end: to be missed, to be told, and to be put away
 WHO = r"rank {} \([^)]*, pid \d+\): "
 
 
@@ -113,20 +113,21 @@ def what_is_said(kind: str, phase: str, ranks: int) -> str:
 @pytest.mark.parametrize(("kind", "phase", "ranks"), CASES)
 def test_a_fault_ends_the_run_with_one_message_and_it_can_go_on(
     tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     undisturbed: dict[int, bytes],
     kind: str,
     phase: str,
     ranks: int,
 ) -> None:
-    fault = {"kind": kind, "phase": phase, "rank": rank_that_fails(kind, phase, ranks)}
+    begun = tmp_path_factory.mktemp("fault") / "begun"
+    fault = {"kind": kind, "phase": phase, "rank": rank_that_fails(kind, phase, ranks), "begun": str(begun)}
     monkeypatch.setattr(executor, "RANK_BODY", "tests.fault_targets:run_as_rank")
     monkeypatch.setenv(VARIABLE, json.dumps(fault))
     request = request_for(tmp_path, ranks)
-    started = time.monotonic()
     with pytest.raises((RunError, OutputError)) as raised:
         executor.run(request)
-    assert time.monotonic() - started < LIMIT_S
+    assert time.time() - begun.stat().st_mtime < LIMIT_S
     message = str(raised.value)
     assert re.search(what_is_said(kind, phase, ranks), message), message
     assert "\n" not in message
