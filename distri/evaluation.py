@@ -6,11 +6,12 @@ the mode's alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,10 +86,14 @@ class Observation:
 
 @dataclass(frozen=True)
 class Row:
-    """Averages over prompts and seeds. `bytes_per_step` is the most that one rank receives in a steady step."""
+    """Averages over prompts and seeds. `bytes_per_step` is the most that one rank receives in a steady step.
+
+    psnr_error_db: the mean's standard error; None for a single picture.
+    """
 
     setting: Setting
     psnr_db: float
+    psnr_error_db: float | None
     ssim: float
     seam: float
     words_obeyed: float | None
@@ -120,6 +125,7 @@ def _row(setting: Setting, found: Sequence[Observation]) -> Row:
     return Row(
         setting,
         fmean(o.psnr_db for o in found),
+        standard_error([o.psnr_db for o in found]),
         fmean(o.ssim for o in found),
         fmean(o.seam for o in found),
         _mean([o.words_obeyed for o in found]),
@@ -128,6 +134,11 @@ def _row(setting: Setting, found: Sequence[Observation]) -> Row:
         drift,
         found[0].bytes_per_step,
     )
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of independent observations; None where there is only one."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _mean(values: Sequence[float | bool | None]) -> float | None:

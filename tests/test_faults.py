@@ -66,8 +66,6 @@ NEAR = "mid_block.attentions.0.transformer_blocks.1.attn1"
 
 KILLED = WHO + r"was killed by signal 9 \(SIGKILL\)"
 NO_LIFE = WHO + r"gave no sign of life for \d+ s"
-CAME_LATE = "rank {rank} did not come to the rendezvous within"  # of the run, or of the decoder
-NOT_MET = "not all {ranks} ranks met within"
 LOST = r"step [{steps}], [\w.]+ \(\w+\), version \d+: lost rank {rank}: (?:nothing came from it|it closed)"
 OOM = r"OutOfMemoryError: CUDA out of memory\. Tried to allocate 96\.00 GiB\."
 FULL = r"No space left on device"
@@ -79,11 +77,7 @@ CUT_IN_LAYER = rf"step [{{steps}}], [\w.]+.*: (?:{CUT})"
 # What must be said, for each kind of fault in each of the phases.
 SAID: dict[str, tuple[str, str, str, str]] = {
     "kill -9": (KILLED, *[KILLED + ".*; met by rank .*: step [{steps}], "] * 2, KILLED),
-    "stop": (
-        f"{NO_LIFE}|{CAME_LATE}|{NOT_MET}",
-        *[f"{LOST}|{NO_LIFE}"] * 2,
-        f"{NO_LIFE}|(?!rank 0){CAME_LATE}",
-    ),
+    "stop": (NO_LIFE, *[f"{LOST}|{NO_LIFE}"] * 2, NO_LIFE),
     "out of memory": (WHO + OOM, *[WHO + "step {begun}, {near}: " + OOM] * 2, WHO + ".*" + OOM),
     "disk full": (*[KEPT_NOT] * 3, "out.png: cannot be written: " + FULL),
     "closed socket": (CUT_IN_BROADCAST, *[CUT_IN_LAYER] * 2, CUT),
@@ -103,7 +97,6 @@ def what_is_said(kind: str, phase: str, ranks: int) -> str:
     values = {
         "{}": rank_that_fails(kind, phase, ranks),
         "{rank}": rank_that_fails(kind, phase, ranks),
-        "{ranks}": ranks,
         "{begun}": begun,
         "{steps}": f"{begun}{begun + 1}" if phase == "steady" else begun,
         "{near}": re.escape(NEAR),

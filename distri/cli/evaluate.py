@@ -10,11 +10,11 @@ import click
 
 from distri.cli.options import json_option, model_option, parse_scale
 from distri.cli.output import print_json
-from distri.cli.render import progress_bar
+from distri.cli.render import console, progress_bar, scaled, table
 from distri.errors import UserError
 
 if TYPE_CHECKING:
-    from distri.evaluation import Evaluation
+    from distri.evaluation import Evaluation, Observation, Row
 
 ALL_MODES = "full_sync,corrected_async_gn,stale_gn,separate_gn,sync_gn,no_sync,naive_patch"
 
@@ -100,49 +100,58 @@ def command(as_json: bool, sheet: Path | None, num_prompts: int, **flags: Any) -
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """The request and its rows."""
+    """The request, its rows, and the figures of each picture."""
     return {
         "request": dataclasses.asdict(evaluation.request),
         "reference_words_obeyed": evaluation.reference_words_obeyed,
-        "rows": [
-            {
-                **dataclasses.asdict(row.setting),
-                **{k: v for k, v in dataclasses.asdict(row).items() if k != "setting"},
-            }
-            for row in evaluation.rows()
-        ],
+        "rows": [_figures(row) for row in evaluation.rows()],
+        "pictures": [_figures(observation, "picture", "drift") for observation in evaluation.observations],
     }
 
 
-def _print_table(evaluation: Evaluation) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _figures(record: Row | Observation, *left_out: str) -> dict[str, Any]:
+    """The fields of a record, its setting's first."""
+    names = [f.name for f in dataclasses.fields(record) if f.name not in ("setting", *left_out)]
+    return {**dataclasses.asdict(record.setting), **{name: getattr(record, name) for name in names}}
 
-    table = Table(title="Against the single device, from the same noise")
-    for name in (
-        "mode",
-        "ranks",
-        "sampler",
-        "steps",
-        "PSNR dB",
-        "SSIM",
-        "LPIPS",
-        "seam",
-        "words",
-        "drift",
-        "kB/step",
-    ):
-        table.add_column(name, justify="left" if name in ("mode", "sampler") else "right")
-    for row in evaluation.rows():
-        s = row.setting
-        table.add_row(
-            s.mode, str(s.ranks), s.sampler, str(s.steps), f"{row.psnr_db:.2f}", f"{row.ssim:.4f}",
-            "-" if row.lpips is None else f"{row.lpips:.3f}", f"{row.seam:.2f}",
-            "-" if row.words_obeyed is None else f"{100 * row.words_obeyed:.0f} %",
-            f"{row.final_drift:.4f}", f"{row.bytes_per_step / 1e3:.0f}",
-        )  # fmt: skip
-    Console().print(table)
+
+def _print_table(evaluation: Evaluation) -> None:
+    """A column for what differs between rows; what all rows share stands in the title."""
+    request, rows = evaluation.request, evaluation.rows()
+    has_samplers, has_lengths = len(request.samplers) > 1, len(request.steps) > 1
+    has_lpips = any(row.lpips is not None for row in rows)
+    columns = {
+        "mode": [row.setting.mode for row in rows],
+        "ranks": [str(row.setting.ranks) for row in rows],
+        **({"sampler": [row.setting.sampler for row in rows]} if has_samplers else {}),
+        **({"steps": [str(row.setting.steps) for row in rows]} if has_lengths else {}),
+        "PSNR, dB": [f"{row.psnr_db:.2f}" for row in rows],
+        "+-": [_or_dash(row.psnr_error_db, "{:.2f}") for row in rows],
+        "SSIM": [f"{row.ssim:.4f}" for row in rows],
+        **({"LPIPS": [_or_dash(row.lpips, "{:.3f}") for row in rows]} if has_lpips else {}),
+        "seam": [f"{row.seam:.2f}" for row in rows],
+        "words": [_or_dash(row.words_obeyed, "{:.0%}") for row in rows],
+        "drift": [f"{row.final_drift:.4f}" for row in rows],
+        "a step": [scaled(row.bytes_per_step, "B") for row in rows],
+    }
+    count = len(request.prompts) * len(request.seeds)
+    shared = [
+        f"{request.height}x{request.width} pixels",
+        *([] if has_lengths else [f"{request.steps[0]} steps"]),
+        *([] if has_samplers else [request.samplers[0]]),
+        f"{count} {'picture' if count == 1 else 'pictures'} a row",
+    ]
+    found = table(f"Against the single device, from the same noise: {', '.join(shared)}", *columns)
+    for cells in zip(*columns.values(), strict=True):
+        found.add_row(*cells)
+    console().print(found)
+    click.echo(
+        "+-: standard error of the mean PSNR. seam: gradient across the patches' borders, relative to elsewhere.\n"
+        "drift: relative RMS difference of the last latent. a step: what a rank receives in a late one, at most."
+    )
     if evaluation.reference_words_obeyed is not None:
-        click.echo(
-            f"The single device itself obeys its words in {100 * evaluation.reference_words_obeyed:.0f} %."
-        )
+        click.echo(f"The single device itself obeys its words in {evaluation.reference_words_obeyed:.0%}.")
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -52,6 +52,19 @@ def test_every_sampler_number_of_steps_and_of_ranks_has_a_row(distri: Distri) ->
     assert len(outcome.value["rows"]) == len(found)
 
 
+def test_each_picture_has_its_figures_and_a_row_their_mean_and_its_error(distri: Distri) -> None:
+    arguments = ("--ranks", 2, "--modes", "local", "--seeds", "0,1")
+    outcome = distri("evaluate", *SMALL, *arguments, "--json")
+    (row,), pictures = outcome.value["rows"], outcome.value["pictures"]
+    first, second = (picture["psnr_db"] for picture in pictures)
+    assert [picture["seed"] for picture in pictures] == [0, 1]
+    assert row["psnr_db"] == pytest.approx((first + second) / 2)
+    assert row["psnr_error_db"] == pytest.approx(abs(first - second) / 2)
+    shown = distri("evaluate", *SMALL, *arguments).out
+    assert "128x128 pixels, 4 steps, ddim, 2 pictures a row" in " ".join(shown.split())
+    assert f"{row['psnr_db']:.2f} │ {row['psnr_error_db']:.2f}" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
+from torch.distributed import DistStoreError
 
+from distri.backends.torch_distributed.alarm import LostPeerError
 from distri.errors import RunError
 
 PLAIN = (type(None), bool, int, float, str)
@@ -23,7 +25,8 @@ def check_identities(store: Store, rank: int, size: int, identity: dict[str, str
     `identity` has "who", which names the rank, and any number of entries that must be equal.
 
     Raises:
-        RunError: the first rank that did not come, or that differs, and in which entry.
+        LostPeerError: the first rank that did not come.
+        RunError: the first rank that differs, and in which entry.
     """
     store.set(f"identity/{rank}", json.dumps(identity))
     first = _identity(store, 0, identity["who"])
@@ -40,9 +43,10 @@ def check_identities(store: Store, rank: int, size: int, identity: dict[str, str
 def _identity(store: Store, rank: int, who: str) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(store.get(f"identity/{rank}"))
-    except RuntimeError as error:
+    except DistStoreError as error:
         limit_s = store.timeout.total_seconds()  # type: ignore[attr-defined]
-        raise RunError(f"{who}: rank {rank} did not come to the rendezvous within {limit_s:g} s") from error
+        sentence = f"{who}: lost rank {rank}: it did not come to the rendezvous within {limit_s:g} s"
+        raise LostPeerError(sentence) from error
     return found
 
 

@@ -206,7 +206,12 @@ class TorchBackend:
             dist.destroy_process_group()
 
     def _rendezvous(self, size: int) -> Store:
-        """Meet the other ranks and compare identities; returns the store of this run."""
+        """Meet the other ranks and compare identities; returns the store of this run.
+
+        Raises:
+            LostPeerError: a rank did not come, or the store that all met in is gone.
+            RunError: a rank is of another run.
+        """
         timeout = timedelta(seconds=self.timeout_s)
         try:
             store = _open_store(self.rank, size, timeout)
@@ -223,14 +228,16 @@ class TorchBackend:
                         timeout=timeout,
                         device_id=self.device if self.device.type == "cuda" else None,
                     )
-        except (dist.DistError, RuntimeError, ValueError) as error:
+        except RuntimeError as error:
             has_met = not self._owns_group  # they did before, so this one lost what they met in
             what = (
                 "the rendezvous store is gone"
                 if has_met and isinstance(error, dist.DistNetworkError)
                 else f"not all {size} ranks met within {self.timeout_s:g} s"
             )
-            raise RunError(f"{self.who}: {what}: {first_line(error)}") from error
+            raise LostPeerError(f"{self.who}: {what}: {first_line(error)}") from error
+        except ValueError as error:
+            raise RunError(f"{self.who}: cannot meet the others: {first_line(error)}") from error
         return store
 
     def _identity(self) -> dict[str, str]:
