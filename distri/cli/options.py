@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 RUN_DTYPES = tuple(name for name in DTYPE_BYTES if name.startswith(("float16", "float32", "bfloat")))
 CFG_SPLITS = {"auto": None, "on": True, "off": False}
-IN_PLAN = (
+DESCRIBE_A_PLAN = (
     "cfg_split",
     "policy",
     "policy_table",
@@ -36,8 +36,9 @@ IN_PLAN = (
     "refresh_above",
     "refresh_every",
     "latent",
-    "dtype",
 )
+"""Flags that leave nothing to search."""
+IN_PLAN = (*DESCRIBE_A_PLAN, "dtype")
 """Flags that a plan from a file already answers."""
 
 

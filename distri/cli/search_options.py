@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from distri.cli.options import load_model_graph, plan_request_from, with_options
+from distri.cli.options import DESCRIBE_A_PLAN, load_model_graph, plan_request_from, with_options
 from distri.core.partition import Grain, check_image_size
 from distri.core.planner import check_warmup, choose_mesh, make_plan
 from distri.search.request import Limits, Objective, Risk, SearchRequest
@@ -18,18 +18,6 @@ from distri.search.request import Limits, Objective, Risk, SearchRequest
 if TYPE_CHECKING:
     from distri.search.planning import Question
 
-ASKS_FOR_ONE: Final = (
-    "cfg_split",
-    "policy",
-    "policy_table",
-    "split",
-    "bands",
-    "warmup_steps",
-    "refresh_above",
-    "refresh_every",
-    "latent",
-)
-"""Flags that describe a plan, so that there is nothing left to search."""
 MOST_DEVICES: Final = 1024
 _SIZES: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -126,7 +114,7 @@ search_options = with_options(
 def is_explicit(ctx: click.Context) -> bool:
     """Whether the flags ask for one plan rather than for the best one."""
     given = click.core.ParameterSource.COMMANDLINE
-    return any(name in ctx.params and ctx.get_parameter_source(name) is given for name in ASKS_FOR_ONE)
+    return any(name in ctx.params and ctx.get_parameter_source(name) is given for name in DESCRIBE_A_PLAN)
 
 
 def question_from(flags: Mapping[str, Any], has_pareto: bool = False) -> Question:

@@ -28,21 +28,11 @@ from distri.search.sketch import Sketcher, is_output
 from distri.search.space import ALL_FRESH, ALL_LOCAL, Layout, Serving, Structure, block_of
 from distri.simulator.compute import AnalyticCompute
 from distri.simulator.costs import CostTable, OperationTimes
-from distri.simulator.kernels import Layers, Service, Shard
+from distri.simulator.kernels import Layers, Service, Shard, service_of
 from distri.simulator.lowering import TEXT_TOKENS, Lowering, layers_of
 from distri.simulator.tasks import FRESH_STREAM, LATE_STREAM, PARTS, Call
 
 _KINDS: Final = (ExchangeKind.HALO, ExchangeKind.MOMENTS, ExchangeKind.CONTEXT)
-_SERVICES: Final = {
-    Policy.FRESH: Service.FRESH,
-    Policy.STALE: Service.LATE,
-    Policy.CORRECTED: Service.LATE,
-    Policy.SHIFTED: Service.LATE,
-    Policy.EXTRAPOLATED: Service.AHEAD,
-    Policy.FROZEN: Service.KEPT,
-    Policy.LOCAL: Service.NONE,
-}
-_CODED: Final = {Service.LATE: Service.CODED, Service.AHEAD: Service.CODED_AHEAD}
 Group = tuple[ExchangeKind, bool]
 
 
@@ -140,12 +130,11 @@ class ShardTimes:
 
     def services(self, structure: Structure, codec: Codec = Codec.NONE) -> dict[Group, Service]:
         """How each group of layers is served in the steady phase."""
-        found = {}
-        for group in self.groups:
-            service = _SERVICES[structure.policy(*group)]
-            is_coded = codec is not Codec.NONE and group[0] is not ExchangeKind.MOMENTS
-            found[group] = _CODED.get(service, service) if is_coded else service
-        return found
+        is_coded = codec is not Codec.NONE
+        return {
+            group: service_of(structure.policy(*group), is_coded and group[0] is not ExchangeKind.MOMENTS)
+            for group in self.groups
+        }
 
     def of(self, device: str, plan: Plan, place: int) -> ShardTime:
         """The kernels of a place of a plan on a device."""

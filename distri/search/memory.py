@@ -8,12 +8,7 @@ from distri.search.sketch import Sketcher
 from distri.search.space import Layout, Serving
 from distri.simulator.hardware import Cluster
 from distri.simulator.lowering import layers_of
-from distri.simulator.memory import (
-    WORKSPACE_BYTES,
-    MemoryUse,
-    peak_activations,
-    stale_bytes,
-)
+from distri.simulator.memory import MemoryUse, buffer_bytes, peak_activations, stale_bytes
 
 
 class MemoryModel:
@@ -25,7 +20,6 @@ class MemoryModel:
         self.limit_bytes = limit_bytes
         self._peaks: dict[object, tuple[int, str]] = {}
         self._known: dict[object, tuple[MemoryUse, ...]] = {}
-        self._communication: dict[int, int] = {}
 
     def limit_of(self, use: MemoryUse) -> int:
         """Bytes that a rank may use."""
@@ -57,6 +51,7 @@ class MemoryModel:
         """Each rank's memory; with `only`, as if each had that patch."""
         graph, cluster = self._sketcher.graph, bounder.lowering.cluster
         weights = graph.weight_elements * DTYPE_BYTES[plan.dtype]
+        communication = buffer_bytes(self._cluster, plan.mesh.size)
         uses = []
         by_patch: dict[int, tuple[int, str, int]] = {}
         for rank in range(plan.mesh.size):
@@ -65,19 +60,7 @@ class MemoryModel:
                 stale = stale_bytes(plan, graph, patch) if has_stale else 0
                 by_patch[patch] = (*self._peak(plan, patch), stale)
             activations, layer, stale = by_patch[patch]
-            device = cluster.model_of(rank)
-            uses.append(
-                MemoryUse(
-                    weights,
-                    activations,
-                    stale,
-                    WORKSPACE_BYTES,
-                    self._buffers(plan.mesh.size),
-                    int(device.reserved_bytes.value),
-                    int(device.memory_bytes.value),
-                    layer,
-                )
-            )
+            uses.append(MemoryUse.on(cluster, rank, weights, activations, stale, communication, layer))
         return tuple(uses)
 
     def _peak(self, plan: Plan, patch: int) -> tuple[int, str]:
@@ -87,11 +70,3 @@ class MemoryModel:
         if key not in self._peaks:
             self._peaks[key] = peak_activations(plan, self._sketcher.graph, own)
         return self._peaks[key]
-
-    def _buffers(self, num_ranks: int) -> int:
-        """Communication buffers of the nearest group size that the hardware file has."""
-        table = self._cluster.collectives.buffer_bytes
-        if num_ranks < 2 or not table:
-            return 0
-        nearest = min(table, key=lambda size: (abs(size - num_ranks), size))
-        return int(table[nearest].value)

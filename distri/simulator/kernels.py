@@ -20,7 +20,7 @@ from typing import Final
 
 from distri.core.graph import LayerGraph, Operation, OperationKind
 from distri.core.plan import DTYPE_BYTES
-from distri.core.policy import ExchangeKind
+from distri.core.policy import ExchangeKind, Policy
 from distri.core.shape import Extent
 from distri.simulator.compute import KernelKind, OperationShape
 from distri.simulator.hardware import Word
@@ -58,6 +58,24 @@ class Service(Word):
     AHEAD = "ahead"
     CODED_AHEAD = "coded ahead"
     KEPT = "kept"
+
+
+_SERVICES: Final = {
+    Policy.FRESH: Service.FRESH,
+    Policy.STALE: Service.LATE,
+    Policy.CORRECTED: Service.LATE,
+    Policy.SHIFTED: Service.LATE,
+    Policy.EXTRAPOLATED: Service.AHEAD,
+    Policy.FROZEN: Service.KEPT,
+    Policy.LOCAL: Service.NONE,
+}
+_CODED: Final = {Service.LATE: Service.CODED, Service.AHEAD: Service.CODED_AHEAD}
+
+
+def service_of(policy: Policy, is_coded: bool) -> Service:
+    """How an exchange of this policy is served, with or without a codec."""
+    service = _SERVICES[policy]
+    return _CODED.get(service, service) if is_coded else service
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from distri.simulator.collective import CollectiveModel
 from distri.simulator.compute import AnalyticCompute, LaunchMode
 from distri.simulator.costs import ComputeFactory, CostTable, Nanoseconds, OperationTimes
 from distri.simulator.hardware import Cluster
-from distri.simulator.kernels import Layers, Service, Shard
+from distri.simulator.kernels import Layers, Service, Shard, service_of
 from distri.simulator.longest_path import longest_path_ns
 from distri.simulator.options import CtaPolicy, SimulationOptions
 from distri.simulator.steps import Decision, StepBuilder, WaitKind, slot_of
@@ -136,18 +136,6 @@ def layers_of(plan: Plan) -> Layers:
     return Layers.REFERENCE if plan.pattern == GATHER_ALL else Layers.ATTACHED
 
 
-_SERVICES: Final[Mapping[Policy, Service]] = {
-    Policy.FRESH: Service.FRESH,
-    Policy.STALE: Service.LATE,
-    Policy.CORRECTED: Service.LATE,
-    Policy.SHIFTED: Service.LATE,
-    Policy.EXTRAPOLATED: Service.AHEAD,
-    Policy.FROZEN: Service.KEPT,
-    Policy.LOCAL: Service.NONE,
-}
-_CODED: Final[Mapping[Service, Service]] = {Service.LATE: Service.CODED, Service.AHEAD: Service.CODED_AHEAD}
-
-
 class PlanLowering:
     """One plan on its way to a task list."""
 
@@ -225,10 +213,9 @@ class PlanLowering:
         return Decision(self._service(exchange, phase), published, is_late, wait)
 
     def _service(self, exchange: Exchange, phase: Phase) -> Service:
-        service = _SERVICES[exchange.policy(phase)]
-        if service is Service.FRESH and self.is_reference and is_summed(exchange):
-            return Service.SUMMED
-        return service if exchange.codec is Codec.NONE else _CODED.get(service, service)
+        service = service_of(exchange.policy(phase), exchange.codec is not Codec.NONE)
+        is_sum = service is Service.FRESH and self.is_reference and is_summed(exchange)
+        return Service.SUMMED if is_sum else service
 
     def runs_text(self, step: int) -> bool:
         """Whether a step projects the text: the first of an image; the reference's graph of warm-up always does."""

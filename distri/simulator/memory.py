@@ -41,6 +41,24 @@ class MemoryUse:
     limit: int
     peak_layer: str
 
+    @classmethod
+    def on(
+        cls,
+        cluster: Cluster,
+        rank: int,
+        weights: int,
+        activations: int,
+        stale_values: int,
+        communication: int,
+        peak_layer: str,
+    ) -> MemoryUse:
+        """With what the libraries, the driver and the device of a rank add."""
+        device = cluster.model_of(rank)
+        reserved, limit = int(device.reserved_bytes.value), int(device.memory_bytes.value)
+        return cls(
+            weights, activations, stale_values, WORKSPACE_BYTES, communication, reserved, limit, peak_layer
+        )
+
     @property
     def total(self) -> int:
         """All of it."""
@@ -73,7 +91,7 @@ def memory_of(
     size = DTYPE_BYTES[plan.dtype]
     split = TensorSplit(graph, plan.mesh.patch) if is_tensor_parallel else None
     weights = _weights(graph, split) * size
-    communication = _buffer_bytes(cluster, plan.mesh.size)
+    communication = buffer_bytes(cluster, plan.mesh.size)
     known: dict[int, tuple[int, str, int]] = {}
     uses = []
     for rank in range(plan.mesh.size):
@@ -84,19 +102,7 @@ def memory_of(
             activations, layer = max(peak_activations(plan, graph, own, split) for own in seen)
             known[patch] = (activations, layer, 0 if split else stale_bytes(plan, graph, patch))
         activations, layer, stale = known[patch]
-        device = cluster.model_of(rank)
-        uses.append(
-            MemoryUse(
-                weights,
-                activations,
-                stale,
-                WORKSPACE_BYTES,
-                communication,
-                int(device.reserved_bytes.value),
-                int(device.memory_bytes.value),
-                layer,
-            )
-        )
+        uses.append(MemoryUse.on(cluster, rank, weights, activations, stale, communication, layer))
     return tuple(uses)
 
 
@@ -209,7 +215,7 @@ def stale_bytes(plan: Plan, graph: LayerGraph, patch: int) -> int:
     return total
 
 
-def _buffer_bytes(cluster: Cluster, num_ranks: int) -> int:
+def buffer_bytes(cluster: Cluster, num_ranks: int) -> int:
     """Communication buffers of the nearest group size that the hardware file has; none for a single rank."""
     table = cluster.collectives.buffer_bytes
     if num_ranks < 2 or not table:

@@ -281,6 +281,9 @@ class TorchBackend:
 
     def _wire(self, group: dist.ProcessGroup | None, ranks: tuple[int, ...]) -> Wire:
         assert group is not None
+        if self.device.type == "cuda":
+            # NCCL connects a group in its first call, which all of its ranks must make; messages are for some of them.
+            dist.all_reduce(torch.zeros(1, device=self.device), group=group)
         return Wire(group, ranks, self.timeout_s, is_batched=self.device.type == "cuda")
 
     def _text_from_rank_0(self, text: str) -> str:
