@@ -67,8 +67,9 @@ class Setting:
 class Observation:
     """One picture against the single device's.
 
-    drift: relative RMS difference of the latent after each step. words_obeyed: the scene checker's verdict on this
-    picture; None for prompts or models that it does not know. lpips: None where the package or its weights are absent.
+    drift: relative RMS difference of the latent after each step. synchronous_steps: warm-up, refreshes. words_obeyed:
+    the scene checker's verdict on this picture; None for prompts or models that it does not know. lpips: None where the
+    package or its weights are absent.
     """
 
     setting: Setting
@@ -80,6 +81,7 @@ class Observation:
     words_obeyed: bool | None
     lpips: float | None
     drift: tuple[float, ...]
+    synchronous_steps: int
     bytes_per_step: int
     picture: Picture = field(repr=False, compare=False)
 
@@ -100,6 +102,7 @@ class Row:
     lpips: float | None
     final_drift: float
     drift: tuple[float, ...]
+    synchronous_steps: float
     bytes_per_step: int
 
 
@@ -132,6 +135,7 @@ def _row(setting: Setting, found: Sequence[Observation]) -> Row:
         _mean([o.lpips for o in found]),
         drift[-1],
         drift,
+        fmean(o.synchronous_steps for o in found),
         found[0].bytes_per_step,
     )
 
@@ -182,6 +186,7 @@ def evaluate(request: EvaluationRequest, graph: LayerGraph, progress: Progress |
                     words_obeyed(request.model, prompt, ours.picture),
                     perceptual(ours.picture, trace.picture) if perceptual else None,
                     tuple(_drift(ours.latents, trace.latents)),
+                    ours.synchronous_steps,
                     max(plan.bytes_received_per_step),
                     ours.picture,
                 )
@@ -258,10 +263,11 @@ def refresh_of(rules: Sequence[str]) -> RefreshRule | None:
 
 @dataclass(frozen=True)
 class Trace:
-    """A picture and the latents after each step."""
+    """A picture, the latents after each step, and how many steps were synchronous."""
 
     picture: Picture
     latents: tuple[Tensor, ...]
+    synchronous_steps: int
 
 
 def draw(
@@ -288,7 +294,7 @@ def draw(
         if plan
         else nullcontext()
     )
-    with torch.inference_mode(), session:
+    with torch.inference_mode(), session as opened:
         image = pipe(
             prompt=prompt,
             height=request.height,
@@ -298,7 +304,8 @@ def draw(
             generator=torch.Generator("cpu").manual_seed(seed),
             callback_on_step_end=keep,
         ).images[0]
-    return Trace(np.asarray(image.convert("RGB")), tuple(latents))
+    synchronous_steps = steps if opened is None else opened.num_synchronous_steps
+    return Trace(np.asarray(image.convert("RGB")), tuple(latents), synchronous_steps)
 
 
 def _drift(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> Iterator[float]:

@@ -61,7 +61,8 @@ class Session:
 
     image_token: returns an object that is another one for each image (a scheduler's timesteps, say); without it, call
     `begin_image` before each image. records: steps that repeat are recorded and replayed, as CUDA graphs, where backend
-    and plan can; where they cannot, a warning says why.
+    and plan can; where they cannot, a warning says why. num_synchronous_steps: of the present image, so far, those of
+    warm-up and those spent on refreshes.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Session:
         self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
         self._guards = Safeguards()
         self._num_images = 0
+        self.num_synchronous_steps = 0
         self._resumables: dict[int, Resumable] = {}
         self._recorded = self._open_recorder() if records else None
         self._ranks = LocalRanks(backend, self._open_ranks())
@@ -192,6 +194,7 @@ class Session:
         self._step = -1
         self._last_BCHW = None
         self._num_images += 1
+        self.num_synchronous_steps = 0
         self._control = PhaseControl(self.plan.warmup_steps, self.plan.refresh)
         for context in self._ranks.contexts.values():
             context.begin_image()
@@ -293,6 +296,8 @@ class Session:
             phase, self._last_BCHW = Phase(name), latent_BCHW
         for context in self._ranks.contexts.values():
             context.exchanger.begin_step(self._first_phase(phase))
+        phases = {context.exchanger.phase for context in self._ranks.contexts.values()}
+        self.num_synchronous_steps += Phase.WARMUP in phases
         self._restore(latent_BCHW.device)
         return latent_BCHW
 

@@ -119,12 +119,14 @@ def _print_table(evaluation: Evaluation) -> None:
     """A column for what differs between rows; what all rows share stands in the title."""
     request, rows = evaluation.request, evaluation.rows()
     has_samplers, has_lengths = len(request.samplers) > 1, len(request.steps) > 1
+    has_refreshes = any("+" in mode for mode in request.modes)
     has_lpips = any(row.lpips is not None for row in rows)
     columns = {
         "mode": [row.setting.mode for row in rows],
         "ranks": [str(row.setting.ranks) for row in rows],
         **({"sampler": [row.setting.sampler for row in rows]} if has_samplers else {}),
         **({"steps": [str(row.setting.steps) for row in rows]} if has_lengths else {}),
+        **({"waits at": [f"{row.synchronous_steps:g}" for row in rows]} if has_refreshes else {}),
         "PSNR, dB": [f"{row.psnr_db:.2f}" for row in rows],
         "+-": [_or_dash(row.psnr_error_db, "{:.2f}") for row in rows],
         "SSIM": [f"{row.ssim:.4f}" for row in rows],
@@ -148,6 +150,7 @@ def _print_table(evaluation: Evaluation) -> None:
     click.echo(
         "+-: standard error of the mean PSNR. seam: gradient across the patches' borders, relative to elsewhere.\n"
         "drift: relative RMS difference of the last latent. a step: what a rank receives in a late one, at most."
+        + ("\nwaits at: steps at which ranks wait, of warm-up and refreshes." if has_refreshes else "")
     )
     if evaluation.reference_words_obeyed is not None:
         click.echo(f"The single device itself obeys its words in {evaluation.reference_words_obeyed:.0%}.")

@@ -31,6 +31,8 @@ def test_modes_stand_in_the_order_of_what_they_let_a_rank_know(distri: Distri, t
     assert psnr["full_sync"] > psnr["corrected+every=1"] > psnr["corrected"] > psnr["naive_patch"] + 3
     assert psnr["naive_patch"] != psnr["naive_patch@cols"]
     assert psnr["own.yaml"] == psnr["sync_gn"]
+    assert rows["corrected"]["synchronous_steps"] == 1
+    assert rows["corrected+every=1"]["synchronous_steps"] == 2
     assert rows["own.yaml"]["drift"] == rows["sync_gn"]["drift"]
     assert rows["corrected"]["drift"][0] < 1e-5 < rows["corrected"]["drift"][-1]  # type: ignore[index]
     assert float(rows["naive_patch"]["seam"]) > 1.5 * float(rows["full_sync"]["seam"])  # type: ignore[arg-type]
