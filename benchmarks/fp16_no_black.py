@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +57,21 @@ def case_of(number: int, prompts: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def run(pipe: Any, graph: Any, case: dict[str, Any]) -> dict[str, Any]:
+@cache
+def loaded(is_emulated: bool) -> tuple[Any, Any]:
+    """The pipeline, and the graph of its denoiser."""
+    pipe = load_pipeline("demo", "float32" if is_emulated else "float16")
+    if is_emulated:
+        round_outputs(pipe.unet)
+        round_outputs(pipe.vae)
+    return pipe, load_graph("demo")
+
+
+def run(is_emulated: bool, number: int) -> dict[str, Any]:
     """Draw one case and judge it."""
+    torch.set_num_threads(1)
+    pipe, graph = loaded(is_emulated)
+    case = case_of(number, demo_prompts(20))
     request = EvaluationRequest(
         "demo",
         (case["prompt"],),
@@ -101,18 +117,15 @@ def main() -> None:
     parser.add_argument(
         "--emulated", action="store_true", help="float32 products, outputs rounded to float16"
     )
+    parser.add_argument("--processes", type=int, default=1, help="That draw at once, on one thread each.")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text())["results"] if arguments.output.exists() else []
-    pipe = load_pipeline("demo", "float32" if arguments.emulated else "float16")
-    graph, prompts = load_graph("demo"), demo_prompts(20)
-    if arguments.emulated:
-        round_outputs(pipe.unet)
-        round_outputs(pipe.vae)
-    pipe.set_progress_bar_config(disable=True)
-    for number in range(len(results), arguments.runs):
-        results.append(run(pipe, graph, case_of(number, prompts)))
-        write(arguments.output, results, arguments.emulated)
-        print(json.dumps(results[-1]), flush=True)
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        numbers = range(len(results), arguments.runs)
+        for result in pool.map(partial(run, arguments.emulated), numbers):
+            results.append(result)
+            write(arguments.output, results, arguments.emulated)
+            print(json.dumps(result), flush=True)
     bad = write(arguments.output, results, arguments.emulated)
     print(f"{len(results)} runs, bad: {bad or 'none'}")
 
