@@ -41,12 +41,11 @@ TABLES = (
 WARMUPS = (5, 8, 15)
 
 
-def evaluated(warmup: int, prompts: int, ranks: str) -> dict[str, Any]:
-    """One run of `distri evaluate`."""
-    command = [
-        sys.executable, "-m", "distri", "evaluate", "--json", "--modes", TABLES, "--ranks", ranks, "--steps", "50",
-        "--warmup-steps", str(warmup), "--num-prompts", str(prompts),
-    ]  # fmt: skip
+def evaluated(**flags: object) -> dict[str, Any]:
+    """One run of `distri evaluate` with these flags."""
+    command = [sys.executable, "-m", "distri", "evaluate", "--json"]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -121,7 +120,11 @@ def main() -> None:
     if options.sources:
         evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in options.sources]
     else:
-        evaluations = [evaluated(warmup, options.num_prompts, options.ranks) for warmup in options.warmups]
+        prompts, ranks = options.num_prompts, options.ranks
+        evaluations = [
+            evaluated(modes=TABLES, ranks=ranks, steps=50, warmup_steps=warmup, num_prompts=prompts)
+            for warmup in options.warmups
+        ]
     rows = [row for evaluation in evaluations for row in rows_of(evaluation)]
     rows.sort(key=lambda row: (row["policy"], row["warmup_steps"], row["patches"]))
     command = f"python benchmarks/quality_table.py --num-prompts {options.num_prompts}"

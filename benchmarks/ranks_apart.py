@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import date
@@ -21,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.quality_table import evaluated
 from distri.evaluation import standard_error
 
 ROOT = Path(__file__).parent.parent
@@ -34,16 +34,17 @@ Drawn = dict[tuple[str, int], dict[int, float]]
 """PSNR by (sentence, seed) and number of ranks."""
 
 
-def evaluated(size: str, modes: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One run of `distri evaluate`."""
+def drawn_at(size: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What `distri evaluate` finds at one size."""
     height, width = size.split("x")
-    command = [
-        sys.executable, "-m", "distri", "evaluate", "--json", "--modes", modes, "--height", height, "--width", width,
-        "--seeds", options.seeds, "--num-prompts", str(options.num_prompts), "--ranks", ",".join(map(str, RANKS)),
-    ]  # fmt: skip
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return evaluated(
+        modes=options.modes,
+        height=height,
+        width=width,
+        seeds=options.seeds,
+        num_prompts=options.num_prompts,
+        ranks=",".join(map(str, RANKS)),
+    )
 
 
 def by_setting(evaluations: Iterable[dict[str, Any]]) -> dict[Setting, Drawn]:
@@ -98,7 +99,7 @@ def main() -> None:
     evaluations = (
         [json.loads(path.read_text(encoding="utf-8")) for path in options.sources]
         if options.sources
-        else [evaluated(size, options.modes, options) for size in options.sizes]
+        else [drawn_at(size, options) for size in options.sizes]
     )
     rows = [row_of(setting, drawn) for setting, drawn in sorted(by_setting(evaluations).items())]
     for row in rows:

@@ -281,10 +281,12 @@ class TorchBackend:
 
     def _wire(self, group: dist.ProcessGroup | None, ranks: tuple[int, ...]) -> Wire:
         assert group is not None
-        if self.device.type == "cuda":
-            # NCCL connects a group in its first call, which all of its ranks must make; messages are for some of them.
+        is_nccl = self.device.type == "cuda"
+        if (
+            is_nccl
+        ):  # it connects a group in its first call, which all of its ranks must make; messages are for some
             dist.all_reduce(torch.zeros(1, device=self.device), group=group)
-        return Wire(group, ranks, self.timeout_s, is_batched=self.device.type == "cuda")
+        return Wire(group, ranks, self.timeout_s, is_batched=is_nccl)
 
     def _text_from_rank_0(self, text: str) -> str:
         """Rank 0's text: its length and its beginning in one message, the rest, if any, in a second."""
